@@ -1,0 +1,84 @@
+"""AWQ's channel scales, chosen by the output error after the rounding that will be used.
+
+Lin et al., "AWQ" (arXiv:2306.00978), section 3.2: input channels that carry much are scaled up before rounding and
+their inputs down, which costs nothing where the scale folds into the operation before. The paper searches the exponent
+of the activation magnitude on layer outputs; here the error is `tr((W - V) H (W - V)^T)`, which needs no forward pass,
+and `V` comes from the rounding with error compensation. No scaling is among the candidates.
+
+In unscaled coordinates a channel scale only changes the step of that channel's grid, so all candidates of all sampled
+rows go through one recursion as rows of one matrix.
+
+Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gptq_solver import Factor, compensate
+from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
+
+EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ROWS = 256  # rows of the weights that candidates are judged on
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelScales:
+    """`scale`: float32 (sources), one per row of what the scale folds into; `exponent` of the best; losses of all."""
+
+    scale: Tensor
+    exponent: float
+    losses: tuple[float, ...]
+
+
+def candidate(H: Tensor, rows: Tensor, sources: int, exponent: float) -> Tensor:
+    """Scales `rms^exponent`, geometric middle at one, float32 (sources); tied channels take their mean power."""
+    power = torch.zeros(sources, device=H.device).index_add_(0, rows, H.diagonal().clamp(min=0))
+    count = torch.zeros(sources, device=H.device).index_add_(0, rows, torch.ones_like(H.diagonal()))
+    used = count > 0
+    rms = (power / count.clamp(min=1)).sqrt()
+    floor = rms[used].mean() * 1e-4 + 1e-20
+    scale = rms.clamp(min=floor).pow(exponent)
+    middle = (scale[used].amax() * scale[used].amin()).sqrt()
+    return torch.where(used, scale / middle, torch.ones_like(scale))
+
+
+def choose_scales(
+    W: Tensor, H: Tensor, factor: Factor, rows: Tensor, sources: int, spec: GridSpec, effort: SearchEffort
+) -> ChannelScales:
+    """The best exponent for weights `W` (out, in), all targets of one fold stacked, float32.
+
+    H: damped second moment of their input, `factor` its factor; rows: int64 (in), the source row of each channel.
+    """
+    stride = max(1, W.shape[0] // ROWS)
+    sample = W[::stride].contiguous()
+    scales = [candidate(H, rows, sources, exponent) for exponent in EXPONENTS]
+    steps, zeros = [], []
+    size = spec.group_size
+    for scale in scales:
+        s = scale[rows]
+        blocks = metric_blocks(H, size, widest=512)
+        if blocks.shape[1] == 1:
+            blocks = blocks / (s * s).reshape(-1, 1, size)
+        else:
+            part = s.reshape(-1, size)
+            blocks = blocks / (part.unsqueeze(1) * part.unsqueeze(2))
+        grid = search_grid(sample * s, blocks, spec, effort)
+        steps.append(grid.scale.repeat_interleave(size, 1) / s)
+        zeros.append(grid.zero.repeat_interleave(size, 1))
+    every = Grid(torch.cat(steps), torch.cat(zeros))
+    per_channel = replace(spec, group_size=1)
+    stacked = sample.repeat(len(scales), 1)
+    q = compensate(stacked, every, per_channel, factor)
+    E = stacked - dequantize(q, every, 1)
+    losses = ((E @ H) * E).sum(1).reshape(len(scales), -1).sum(1).tolist()
+    best = min(range(len(scales)), key=lambda i: losses[i])
+    return ChannelScales(scales[best], EXPONENTS[best], tuple(losses))
+
+
+def scaled_factor(factor: Factor, scale: Tensor) -> Factor:
+    """The factor of `S^-1 H S^-1` for channel scales `scale` (in): its columns times the scale; no new Cholesky."""
+    return Factor(factor.R * scale[factor.order], factor.order, factor.damping)

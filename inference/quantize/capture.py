@@ -1,0 +1,315 @@
+"""Runs blocks over the calibration states: what enters each linear, and what the block makes of the states.
+
+All windows have one length and no padding, so what a block is called with beside the states (masks, positions) is
+the same for every micro-batch: it is recorded once, from the model's own forward pass with its blocks replaced by
+stand-ins, and works for every architecture that calls its blocks one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError, WorkError
+from source import Source
+
+
+class _Stop(Exception):
+    """Leaves a forward pass as soon as what was wanted is there."""
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place: calls `on_call(index, hidden, kwargs)` and hands on what it returns."""
+
+    def __init__(
+        self, block: nn.Module, index: int, on_call: Callable[[int, Tensor, dict[str, Any]], Tensor]
+    ) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+        self.__dict__["index"] = index
+        self.__dict__["on_call"] = on_call
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if len(args) > 1:
+            raise InputError("this architecture passes its blocks unnamed arguments: not supported")
+        result = self.__dict__["on_call"](self.__dict__["index"], hidden, kwargs)
+        return result
+
+
+@contextmanager
+def _stand_ins(source: Source, on_call: Callable[[int, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+    blocks = source.modules
+    originals = list(blocks)
+    for index, block in enumerate(originals):
+        blocks[index] = _StandIn(block, index, on_call)
+    try:
+        yield
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+class States:
+    """Hidden states of all windows, (windows, length, width), on the device or in (pinned) host memory."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, home: torch.device, device: torch.device
+    ) -> None:
+        pin = home.type == "cpu" and device.type == "cuda"
+        self.data = torch.empty(shape, dtype=dtype, device=home, pin_memory=pin)
+        self.device = device
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.data.shape[1]
+
+    def get(self, start: int, stop: int) -> Tensor:
+        return self.data[start:stop].to(self.device, non_blocking=True)
+
+    def put(self, start: int, stop: int, value: Tensor) -> None:
+        self.data[start:stop].copy_(value, non_blocking=self.data.is_pinned())
+
+
+@dataclass(slots=True)
+class Calls:
+    """The keyword arguments that each block is called with beside its states."""
+
+    kwargs: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def embed(
+    source: Source, tokens: Tensor, home: torch.device, device: torch.device, dtype: torch.dtype
+) -> tuple[States, Calls]:
+    """The states that enter block 0 for `tokens` (windows, length), and every block's other arguments."""
+    base = source.skeleton.base_model
+    prefix = source.list_name.split(".")[0] if base is not source.skeleton else ""
+    loaded = _load_around(source, base, prefix, device, dtype)
+    calls: list[dict[str, Any]] = []
+    shape = (tokens.shape[0], tokens.shape[1])
+    states: States | None = None
+
+    def record(index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        calls.append({k: v for k, v in kwargs.items() if k not in _CACHES})
+        return hidden
+
+    with _stand_ins(source, record):
+        base(input_ids=tokens[:1].to(device), use_cache=False)
+    step = max(1, 65536 // shape[1])
+    for start in range(0, shape[0], step):
+        caught: list[Tensor] = []
+
+        def catch(
+            index: int, hidden: Tensor, kwargs: dict[str, Any], caught: list[Tensor] = caught
+        ) -> Tensor:
+            caught.append(hidden)
+            raise _Stop
+
+        batch = tokens[start : start + step].to(device)
+        with _stand_ins(source, catch):
+            try:
+                base(input_ids=batch, use_cache=False)
+            except _Stop:
+                pass
+        if states is None:
+            states = States((*shape, caught[0].shape[-1]), caught[0].dtype, home, device)
+        states.put(start, start + batch.shape[0], caught[0])
+    for module in loaded:
+        Source.release(module)
+    assert states is not None
+    return states, Calls(calls)
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "use_cache", "output_attentions")
+
+
+def _load_around(
+    source: Source, root: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype
+) -> list[nn.Module]:
+    """Loads every module of `root` that is not one of the blocks and holds no blocks; returns them."""
+    loaded: list[nn.Module] = []
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module is source.modules or module is without:
+            return
+        if not any(child is source.modules for child in module.modules()):
+            source.load(module, name, device, dtype)
+            loaded.append(module)
+            return
+        own = [n for n, _ in module.named_parameters(recurse=False)]
+        if own:
+            raise InputError(
+                f"{type(module).__name__} has parameters beside its blocks ({own[0]}): not supported"
+            )
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
+        for leaf, child in module.named_children():
+            visit(child, f"{name}.{leaf}" if name else leaf)
+
+    visit(root, prefix)
+    return loaded
+
+
+@contextmanager
+def head(source: Source, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from last states (n, length, width) to logits (n, length, vocabulary), by the model's own code."""
+    # What enters the first block is thrown away: the embedding, often the largest tensor, need not be there.
+    embedding = source.skeleton.get_input_embeddings()
+    loaded = _load_around(source, source.skeleton, "", device, dtype, without=embedding)
+    width = embedding.weight.shape[1]
+
+    def logits(hidden: Tensor) -> Tensor:
+        nothing = hidden.new_zeros((*hidden.shape[:2], width))
+        with _stand_ins(source, lambda index, _, kwargs: hidden), torch.no_grad():
+            result: Tensor = source.skeleton(inputs_embeds=nothing, use_cache=False).logits
+        return result
+
+    try:
+        yield logits
+    finally:
+        for module in loaded:
+            Source.release(module)
+
+
+def forward(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One block over states (n, length, width)."""
+    out = block(hidden, **kwargs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+@torch.no_grad()
+def distinct_inputs(block: nn.Module, states: States, kwargs: dict[str, Any]) -> list[list[str]]:
+    """Which linears of a block see the very same tensor: paths grouped, in the order the block reaches them.
+
+    A linear that one window does not reach is in no group.
+    """
+    seen: dict[tuple[Any, ...], list[str]] = {}
+    keep: list[Tensor] = []  # freed memory could be handed out again under the same address
+    handles = []
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def hook(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                x = args[0]
+                keep.append(x)
+                seen.setdefault((x.data_ptr(), tuple(x.shape), x.stride(), x._version), []).append(path)
+
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        forward(block, states.get(0, 1), kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen.values())
+
+
+class MicroBatch:
+    """How many windows run at once: from free memory at first, halved when memory runs out."""
+
+    def __init__(self, device: torch.device, length: int, widest: int, tokens: int | None = None) -> None:
+        if tokens is None:
+            tokens = 8192
+            if device.type == "cuda":
+                free = torch.cuda.mem_get_info(device)[0] + (
+                    torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+                )
+                # A token costs a dozen or so half-precision values of the widest layer at the worst moment.
+                tokens = int(min(65536, 0.5 * free / (widest * 2 * 8)))
+        self.windows = max(1, tokens // length)
+
+    def halve(self) -> bool:
+        """Takes fewer windows from now on; False where one is already all."""
+        if self.windows == 1:
+            return False
+        self.windows //= 2
+        return True
+
+
+@torch.no_grad()
+def capture(
+    block: nn.Module,
+    states: States,
+    kwargs: dict[str, Any],
+    groups: list[list[str]],
+    batch: MicroBatch,
+    on_input: Callable[[int, Tensor], None],
+) -> None:
+    """Hands the input of every group to `on_input(group, x)` for all states; stops before the last linear runs.
+
+    Where memory runs out the windows in hand are run again in smaller portions, and no group sees any twice.
+    """
+    seen = [0] * len(groups)  # windows that each group has had
+    start = stop = 0
+
+    def hook_for(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if seen[index] < stop:
+                x = args[0].reshape(stop - start, -1, args[0].shape[-1])
+                on_input(index, x[max(seen[index] - start, 0) :])
+                seen[index] = stop
+            if index == len(groups) - 1:
+                raise _Stop
+
+        return hook
+
+    handles = [
+        block.get_submodule(paths[0]).register_forward_pre_hook(hook_for(index))
+        for index, paths in enumerate(groups)
+    ]
+    try:
+        while start < len(states):
+            stop = min(start + batch.windows, len(states))
+            try:
+                forward(block, states.get(start, stop), kwargs)
+            except _Stop:
+                pass
+            except torch.cuda.OutOfMemoryError:
+                if not batch.halve():
+                    raise
+                torch.cuda.empty_cache()
+                continue
+            start = stop
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], batch: MicroBatch) -> None:
+    """Replaces the states by what the block makes of them. Errors: `WorkError` where they are not finite."""
+    finite = torch.ones((), dtype=torch.bool, device=states.device)
+    start = 0
+    while start < len(states):
+        stop = min(start + batch.windows, len(states))
+        try:
+            result = forward(block, states.get(start, stop), kwargs)
+        except torch.cuda.OutOfMemoryError:
+            if not batch.halve():
+                raise
+            torch.cuda.empty_cache()
+            continue
+        finite &= torch.isfinite(result.sum())
+        states.put(start, stop, result)
+        start = stop
+    if not bool(finite):
+        raise WorkError(
+            f"the states after {name} are not finite: the model overflows {states.data.dtype}; "
+            "use a BF16 copy of the model, or --device cpu (which computes in FP32)"
+        )

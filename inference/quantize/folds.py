@@ -1,0 +1,170 @@
+"""Where AWQ's channel scales can be hidden: pairs of operations between which a scale cancels.
+
+One table per pattern of module names covers every architecture that names its parts that way. Scaling the input
+channels of some linears by `s` is undone, exactly, by dividing what produces those channels by `s`: a norm's weight,
+or the rows of an earlier linear where nothing but a product lies between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """`targets` share an input whose channel `c` comes from row `rows[c]` of `source` (a norm or a linear).
+
+    `rows`: int64 (in); several channels may come from one row (a value head that several query heads share).
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    rows: Tensor
+
+
+# (what divides, what it feeds); the first row of each kind whose names all exist in the block is taken.
+_NORMS = (
+    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("input_layernorm", ("self_attn.qkv_proj",)),
+    ("input_layernorm", ("attention.query_key_value",)),
+    ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    ("final_layer_norm", ("fc1",)),
+)
+_ATTENTION = (
+    ("self_attn.v_proj", "self_attn.o_proj", "separate"),
+    ("self_attn.v_proj", "self_attn.out_proj", "separate"),
+    ("self_attn.qkv_proj", "self_attn.o_proj", "stacked"),  # rows: all q, all k, all v (Phi-3)
+    ("attention.query_key_value", "attention.dense", "interleaved"),  # rows: q, k, v of each head (GPT-NeoX)
+)
+_GATED = (
+    ("mlp.up_proj", "mlp.down_proj", "separate"),
+    ("mlp.gate_up_proj", "mlp.down_proj", "stacked"),  # rows: all gate, all up (Phi-3)
+)
+
+
+def find_folds(block: nn.Module, config: Any) -> list[Fold]:
+    """The folds of a block, in the order in which the block computes. Errors: `InputError` where none is known."""
+    modules = dict(block.named_modules())
+    folds: list[Fold] = []
+    taken: set[str] = set()
+
+    def width(path: str) -> int:
+        found = modules[path]
+        assert isinstance(found, nn.Linear)
+        return found.in_features
+
+    for norm, targets in _NORMS:
+        if norm in modules and all(t in modules for t in targets) and not taken & set(targets):
+            weight = getattr(modules[norm], "weight", None)
+            if isinstance(weight, Tensor) and weight.numel() == width(targets[0]):
+                folds.append(Fold(norm, targets, torch.arange(width(targets[0]))))
+                taken |= set(targets)
+    for source, target, layout in (*_ATTENTION, *_GATED):
+        if source in modules and target in modules and target not in taken:
+            rows = (
+                _attention_rows(modules, source, target, layout, config)
+                if "attn" in source or "attention" in source
+                else (_gated_rows(modules, source, target, layout))
+            )
+            if rows is not None:
+                folds.append(Fold(source, (target,), rows))
+                taken.add(target)
+    if not folds:
+        raise InputError(
+            f"AWQ does not know where to put channel scales in {type(block).__name__}: quantize it with gptq_quantize.py"
+        )
+    order = {path: position for position, path in enumerate(modules)}
+    return sorted(folds, key=lambda fold: order[fold.targets[0]])
+
+
+def _attention_rows(
+    modules: dict[str, nn.Module], source: str, target: str, layout: str, config: Any
+) -> Tensor | None:
+    producer, consumer = modules[source], modules[target]
+    assert isinstance(producer, nn.Linear)
+    assert isinstance(consumer, nn.Linear)
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    if consumer.in_features % heads or heads % kv_heads:
+        return None
+    size = consumer.in_features // heads
+    channel = torch.arange(consumer.in_features)
+    head, within = channel // size, channel % size
+    if layout == "interleaved":
+        return (
+            head * 3 * size + 2 * size + within if producer.out_features == 3 * consumer.in_features else None
+        )
+    value_row = (head // (heads // kv_heads)) * size + within
+    if layout == "separate":
+        return value_row if producer.out_features == kv_heads * size else None
+    start = heads * size + kv_heads * size
+    return start + value_row if producer.out_features == start + kv_heads * size else None
+
+
+def _gated_rows(modules: dict[str, nn.Module], source: str, target: str, layout: str) -> Tensor | None:
+    producer, consumer = modules[source], modules[target]
+    assert isinstance(producer, nn.Linear)
+    assert isinstance(consumer, nn.Linear)
+    start = consumer.in_features if layout == "stacked" else 0
+    if producer.out_features != start + consumer.in_features:
+        return None
+    return start + torch.arange(consumer.in_features)
+
+
+def _offset(norm: nn.Module) -> float:
+    """Gemma's norms multiply by `1 + weight`, all others by `weight`."""
+    return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a fold did: `channels` float32 (in) multiplies the targets' input channels; `rows` float32 (out of the
+    source) divides the source's rows where it is a linear; `changed` are the block's parameters that now differ.
+    """
+
+    channels: Tensor
+    rows: Tensor | None
+    changed: tuple[str, ...]
+
+
+@torch.no_grad()
+def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> Folded:
+    """Divides what produces the fold's input by `scale` (one per source row, float32), as stored in `dtype`.
+
+    A norm is changed at once, and the targets' scale undoes exactly what was stored: the norm's weight loses digits
+    in `dtype`. A linear's weight is left to the caller, who quantizes it anyway; its bias is changed here.
+    """
+    source = block.get_submodule(fold.source)
+    rows = fold.rows.to(scale.device)
+    bias = getattr(source, "bias", None)
+    bias_name = (f"{fold.source}.bias",) if isinstance(bias, Tensor) else ()
+    if isinstance(source, nn.Linear):
+        divisor = torch.ones(source.out_features, device=scale.device)
+        divisor[rows] = scale[rows]
+        if isinstance(bias, Tensor):
+            bias.copy_((bias.float() / divisor).to(dtype))
+        return Folded(divisor[rows], divisor, bias_name)
+    offset = _offset(source)
+    weight = source.weight
+    assert isinstance(weight, Tensor)
+    old = weight.float() + offset
+    new = ((old / scale) - offset).to(dtype).float()
+    actual = old / (new + offset)
+    # A weight of zero, or one that the division lost, keeps its channel as it was.
+    usable = torch.isfinite(actual) & (actual > 0)
+    actual = torch.where(usable, actual, torch.ones_like(actual))
+    weight.copy_(torch.where(usable, new, weight.float()))
+    if isinstance(bias, Tensor):
+        bias.copy_((bias.float() / actual).to(dtype))
+    return Folded(actual, None, (f"{fold.source}.weight", *bias_name))

@@ -1,0 +1,166 @@
+"""GPTQ: rounding with error compensation over a fixed grid, and coordinate descent after it.
+
+Frantar et al., "GPTQ" (arXiv:2210.17323), sections 3.2-3.4. For a linear `y = x W^T` with second moment
+`H = sum x x^T`, the squared output error of integers is `tr((W - V) H (W - V)^T)`. The recursion rounds one column
+after another and lets the columns to its right make up for what was lost; it needs the upper `R` with
+`H^-1 = R^T R`, which one Cholesky of the order-reversed `H` and one triangular inverse give.
+
+Knows tensors only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from grid import Grid, GridSpec, representable
+
+COLUMNS = 128  # columns of one step of the blocked recursion
+
+
+class NotFactorizable(ArithmeticError):
+    """No damping up to the largest made the second moment positive definite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """`R`: float32 (in, in), upper, `H_damped^-1 = R^T R` in the processing order; `order`: int64 (in).
+
+    `order[k]` is the input channel processed at step k. `damping`: the fraction of the mean diagonal added.
+    """
+
+    R: Tensor
+    order: Tensor
+    damping: float
+
+
+def condition(H: Tensor, damping: float) -> Tensor:
+    """`H` with dead channels floored and `damping` times the mean diagonal added; a new float32 (in, in).
+
+    A *dead* channel (zero on the diagonal) carried no signal: any weight would do, and a one on the diagonal makes
+    it round to nearest.
+    """
+    damped = H.clone()
+    diagonal = damped.diagonal()
+    mean = diagonal.mean()
+    floor = torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal.copy_(torch.where(diagonal <= 0, floor, diagonal))
+    diagonal.add_(damping * floor)
+    return damped
+
+
+def activation_order(H: Tensor) -> Tensor:
+    """Channels by falling second moment: int64 (in). Ties keep their order."""
+    return torch.sort(H.diagonal(), descending=True, stable=True).indices
+
+
+def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> Factor:
+    """The factor of `H` (in, in), raising the damping tenfold at a time where Cholesky fails.
+
+    Tries float32, then float64, before it raises the damping. Errors: `NotFactorizable`.
+    """
+    width = H.shape[0]
+    order = activation_order(H) if act_order else torch.arange(width, device=H.device)
+    reverse = order.flip(0)
+    while True:
+        damped = condition(H, damping)[reverse][:, reverse]
+        for dtype in (torch.float32, torch.float64):
+            L, info = torch.linalg.cholesky_ex(damped.to(dtype))
+            if int(info) == 0:
+                inverse = kernels.lower_inverse(L).to(torch.float32)
+                if bool(torch.isfinite(inverse.diagonal()).all()):
+                    return Factor(inverse.flip(0, 1).contiguous(), order, damping)
+        if damping >= largest:
+            raise NotFactorizable("the second moment has no Cholesky factor at any damping")
+        damping = max(damping * 10, 1e-3)
+
+
+def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
+    """GPTQ's recursion over the static groups of `grid`: integers, uint8 (out, in), in the channels' own order.
+
+    W: float32 (out, in).
+    """
+    out, width = W.shape
+    order, R = factor.order, factor.R
+    group = torch.div(order, spec.group_size, rounding_mode="floor")
+    work = W.T[order].contiguous()  # (in, out): a column of W is a contiguous row
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
+    q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
+    for start in range(0, width, COLUMNS):
+        stop = min(start + COLUMNS, width)
+        errors = kernels.compensate_columns(
+            work[start:stop],
+            scale,
+            zero,
+            group[start:stop],
+            R[start:stop, start:stop],
+            spec.levels,
+            q[start:stop],
+        )
+        if stop < width:
+            work[stop:].addmm_(R[start:stop, stop:].T, errors, alpha=-1.0)
+    result = torch.empty_like(q)
+    result[order] = q
+    return result.T.contiguous()
+
+
+def descend(
+    W: Tensor, q: Tensor, grid: Grid, spec: GridSpec, H: Tensor, *, sweeps: int, refit: bool
+) -> tuple[Tensor, Grid]:
+    """Coordinate descent on the integers, and with `refit` on the scales too, from where `compensate` ended.
+
+    Each step sets one group's scale, then one integer at a time, to what minimizes the whole quadratic form with
+    everything else held; the error never grows. H: the damped second moment (in, in), in the channels' own order.
+    """
+    out, width = W.shape
+    size = spec.group_size
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    work = W.T.contiguous()
+    integers = q.T.contiguous()
+    value = (integers.to(torch.float32) - zero.repeat_interleave(size, 0)) * scale.repeat_interleave(size, 0)
+    gradient = H @ (work - value)  # (in, out)
+    for _ in range(sweeps):
+        for start in range(0, width, min(size, COLUMNS)):
+            stop = min(start + min(size, COLUMNS), width)
+            index = start // size
+            block = H[start:stop, start:stop]
+            before = value[start:stop].clone()
+            if refit and size <= COLUMNS:
+                u = integers[start:stop].to(torch.float32) - zero[index]
+                Hu = block @ u
+                step = (u * gradient[start:stop]).sum(0) / (u * Hu).sum(0).clamp(min=1e-30)
+                fresh = representable(scale[index] + step, spec.scale_dtypes)
+                change = fresh - scale[index]
+                # A rounded step may overshoot: keep it only where the quadratic form falls.
+                gain = 2 * change * (u * gradient[start:stop]).sum(0) - change * change * (u * Hu).sum(0)
+                fresh = torch.where(gain > 0, fresh, scale[index])
+                scale[index] = fresh
+                value[start:stop] = u * fresh
+                gradient[start:stop] -= block @ (value[start:stop] - before)
+            kernels.descend_columns(
+                gradient[start:stop],
+                value[start:stop],
+                scale[index],
+                zero[index],
+                block,
+                spec.levels,
+                integers[start:stop],
+            )
+            delta = value[start:stop] - before
+            # The rows of this block were kept current by the steps above; the rest learn of the change now.
+            if start:
+                gradient[:start].addmm_(H[:start, start:stop], delta, alpha=-1.0)
+            if stop < width:
+                gradient[stop:].addmm_(H[stop:, start:stop], delta, alpha=-1.0)
+    return integers.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous())
+
+
+def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
+    """`tr((W - V) H (W - V)^T) / tr(W H W^T)`: the relative squared output error of a layer."""
+    E = W - V
+    lost = float(torch.sum((E @ H) * E, dtype=torch.float64))
+    whole = float(torch.sum((W @ H) * W, dtype=torch.float64))
+    return lost / whole if whole > 0 else 0.0

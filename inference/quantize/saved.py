@@ -1,0 +1,223 @@
+"""Quantized checkpoints as plain weights, from the files alone.
+
+Reads `awq` (AutoAWQ's gemm), `gptq` (AutoGPTQ v1 and v2) and `compressed-tensors` (`pack-quantized`). Shares no
+code with `packing.py` on purpose: an error there must show in what is measured of the files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from errors import InputError, WorkError
+from safetensors import SafetensorError, safe_open
+from source import read_json, tensor_files
+from torch import Tensor
+
+# What a linear's packed integers are called after its name.
+_MARKERS = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed"}
+_PARTS = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "compressed-tensors": (
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+    ),
+}
+_AT_ONCE = 1 << 23  # values unpacked together; each takes some 40 bytes on the way
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # column k of eight lies in this nibble, lowest first
+
+
+def dequantized(directory: Path) -> Saved:
+    """Opens a quantized directory. Errors: `InputError` where it is none, or in a layout not known here."""
+    return Saved(directory)
+
+
+class Saved:
+    """A reader: `read("X.weight")` is the de-quantized weight, float32 (out, in); other tensors come as stored.
+
+    `files` maps the names that can be read to the shard that holds them; `linears` are the quantized `X`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory} has no config.json: give the directory of a quantized model")
+        config = read_json(directory / "config.json")
+        settings = config.get("quantization_config")
+        if not isinstance(settings, dict):
+            raise InputError(
+                f"{directory} is not quantized: give what awq_quantize.py or gptq_quantize.py wrote"
+            )
+        self.directory = directory
+        self.layout = str(settings.get("quant_method"))
+        self.bits = _bits(self.layout, settings)
+        # AutoGPTQ's v1 stores zero points less one; v2 as they are.
+        self._less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+        self._act_order = bool(settings.get("desc_act"))
+        self._stored = tensor_files(directory)
+        end = "." + _MARKERS[self.layout]
+        self.linears = {name.removesuffix(end) for name in self._stored if name.endswith(end)}
+        if not self.linears:
+            raise InputError(f"{directory} says {self.layout} and holds no tensor *{end}: write it again")
+        packed = {f"{linear}.{part}" for linear in self.linears for part in _PARTS[self.layout]}
+        self.files = {name: file for name, file in self._stored.items() if name not in packed}
+        self.files |= {f"{linear}.weight": self._stored[linear + end] for linear in self.linears}
+        self._handles: dict[Path, Any] = {}
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor on `device`. Errors: `WorkError`, naming tensor and shard."""
+        linear = name.removesuffix(".weight")
+        if linear == name or linear not in self.linears:
+            return self._tensor(name, device)
+        names = [f"{linear}.{part}" for part in _PARTS[self.layout]]
+        parts = {n.removeprefix(f"{linear}."): self._tensor(n, device) for n in names if n in self._stored}
+        try:
+            if self.layout == "awq":
+                return _awq(parts)
+            if self.layout == "gptq":
+                return _gptq(parts, self.bits, self._less, self._act_order)
+            return _compressed(parts, self.bits)
+        except KeyError as error:
+            raise WorkError(
+                f"{linear} has no tensor {error.args[0]} in {self.directory}: write it again"
+            ) from None
+        except ValueError as error:
+            raise WorkError(f"{linear} cannot be unpacked: {error}") from None
+
+    def _tensor(self, name: str, device: torch.device | str) -> Tensor:
+        file = self._stored.get(name)
+        if file is None:
+            raise WorkError(f"{self.directory} has no tensor {name}: write it again")
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(file, framework="pt")
+            tensor: Tensor = self._handles[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise WorkError(f"cannot read {name} from {file.name} ({reason}): write it again") from None
+        return tensor.to(device)
+
+
+def _bits(layout: str, settings: dict[str, Any]) -> int:
+    if layout == "awq":
+        if settings.get("bits") != 4 or str(settings.get("version", "gemm")).lower() != "gemm":
+            raise InputError("only AWQ's gemm version at 4 bits can be read")
+        return 4
+    if layout == "gptq":
+        bits = settings.get("bits")
+        if bits not in (2, 3, 4, 8):
+            raise InputError(f"GPTQ at {bits} bits cannot be read: 2, 3, 4 and 8 can")
+        return int(bits)
+    if layout == "compressed-tensors":
+        schemes = list((settings.get("config_groups") or {}).values())
+        weights = [s.get("weights") or {} for s in schemes if isinstance(s, dict)]
+        widths = {w.get("num_bits") for w in weights}
+        plain = len(widths) == 1 and all(w.get("type", "int") == "int" for w in weights)
+        bits = widths.pop() if plain else None
+        if settings.get("format") != "pack-quantized" or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise InputError("of compressed-tensors only pack-quantized integers of one width can be read")
+        if any(w.get("actorder") in ("group", "dynamic") for w in weights):
+            raise InputError("compressed-tensors with groups in activation order cannot be read")
+        return bits
+    raise InputError(f"checkpoints of {layout} cannot be read: awq, gptq and compressed-tensors can")
+
+
+def _stream(words: Tensor, bits: int) -> Tensor:
+    """int32 (rows, n) -> int64 (rows, values): a little-endian bit stream along each row, to its last word."""
+    rows, columns = words.shape
+    whole = -(-columns // bits) * bits  # 32 values fill `bits` words
+    words = torch.nn.functional.pad(words, (0, whole - columns)).to(torch.int64) & 0xFFFFFFFF
+    chunks = torch.nn.functional.pad(words.view(rows, -1, bits), (0, 1))
+    first = torch.arange(32, device=words.device) * bits
+    # A value that crosses a word's border has its upper bits at the bottom of the next one.
+    pairs = chunks[:, :, first // 32] | (chunks[:, :, first // 32 + 1] << 32)
+    return ((pairs >> (first % 32)) & (2**bits - 1)).view(rows, -1)
+
+
+def _padded(words: Tensor, bits: int) -> Tensor:
+    """The same where each word holds `32 // bits` values and idle bits: compressed-tensors before 0.18."""
+    shifts = torch.arange(32 // bits, device=words.device) * bits
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    return ((wide[:, :, None] >> shifts) & (2**bits - 1)).flatten(1)
+
+
+def _awq_columns(words: Tensor) -> Tensor:
+    """int32 (rows, n / 8) -> int64 (rows, n)."""
+    shifts = 4 * torch.tensor(_AWQ_PLACES, device=words.device)
+    return ((words.to(torch.int64)[:, :, None] >> shifts) & 15).flatten(1)
+
+
+def _slices(rows: int, width: int) -> list[tuple[int, int]]:
+    step = max(1, _AT_ONCE // max(width, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _groups(width: int, count: int, device: torch.device) -> Tensor:
+    """int64 (width,): the group of each channel where groups lie one after another."""
+    if count == 0 or width % count:
+        raise ValueError(f"{count} groups do not divide {width} channels")
+    return torch.arange(width, device=device) // (width // count)
+
+
+def _awq(parts: dict[str, Tensor]) -> Tensor:
+    words, scales = parts["qweight"], parts["scales"].float()
+    width, out = words.shape[0], words.shape[1] * 8
+    zeros = _awq_columns(parts["qzeros"]).float()
+    if scales.shape != zeros.shape or scales.shape[1] != out:
+        raise ValueError(f"scales {tuple(scales.shape)}, zero points {tuple(zeros.shape)} for {out} outputs")
+    group = _groups(width, scales.shape[0], words.device)
+    weight = torch.empty((out, width), device=words.device)
+    for a, b in _slices(width, out):
+        weight[:, a:b] = ((_awq_columns(words[a:b]).float() - zeros[group[a:b]]) * scales[group[a:b]]).T
+    return weight
+
+
+def _gptq(parts: dict[str, Tensor], bits: int, less: int, act_order: bool) -> Tensor:
+    words, scales = parts["qweight"], parts["scales"].float()
+    width, out = words.shape[0] * 32 // bits, words.shape[1]
+    zeros = ((_stream(parts["qzeros"], bits)[:, :out] + less) % 2**bits).float()
+    if scales.shape != zeros.shape or scales.shape[1] != out:
+        raise ValueError(f"scales {tuple(scales.shape)}, zero points {tuple(zeros.shape)} for {out} outputs")
+    group = parts["g_idx"].long() if "g_idx" in parts else _groups(width, scales.shape[0], words.device)
+    if group.shape != (width,) or bool(((group < 0) | (group >= scales.shape[0])).any()):
+        raise ValueError(f"g_idx does not give one of {scales.shape[0]} groups to each of {width} channels")
+    if not act_order and not torch.equal(group, _groups(width, scales.shape[0], group.device)):
+        raise ValueError(
+            "g_idx is not trivial and the config says desc_act false: readers would ignore g_idx"
+        )
+    weight = torch.empty((out, width), device=words.device)
+    turned, scales, zeros = words.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
+    for a, b in _slices(out, width):
+        q = _stream(turned[a:b], bits)[:, :width].float()
+        weight[a:b] = (q - zeros[a:b][:, group]) * scales[a:b][:, group]
+    return weight
+
+
+def _compressed(parts: dict[str, Tensor], bits: int) -> Tensor:
+    words, scales = parts["weight_packed"], parts["weight_scale"].float()
+    out, width = (int(n) for n in parts["weight_shape"].tolist())
+    if "weight_g_idx" in parts:
+        raise ValueError("groups in activation order (weight_g_idx)")
+    if words.shape == (out, -(-width * bits // 32)):
+        values = _stream
+    elif words.shape == (out, -(-width // (32 // bits))):
+        values = _padded
+    else:
+        raise ValueError(f"weight_packed {tuple(words.shape)} does not hold {(out, width)} at {bits} bits")
+    if scales.ndim != 2 or scales.shape[0] != out:
+        raise ValueError(f"weight_scale {tuple(scales.shape)} for {out} outputs")
+    group = _groups(width, scales.shape[1], words.device)
+    zeros = torch.full_like(scales, 2 ** (bits - 1))
+    if "weight_zero_point" in parts:
+        zeros = values(parts["weight_zero_point"].T.contiguous(), bits)[:, :out].T.float()
+        if zeros.shape != scales.shape:
+            raise ValueError(f"weight_zero_point is for {tuple(zeros.shape)}, not {tuple(scales.shape)}")
+    weight = torch.empty((out, width), device=words.device)
+    for a, b in _slices(out, width):
+        q = values(words[a:b], bits)[:, :width].float()
+        weight[a:b] = (q - zeros[a:b][:, group]) * scales[a:b][:, group]
+    return weight

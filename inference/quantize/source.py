@@ -1,0 +1,362 @@
+"""The model to quantize: its config, tokenizer and weights, read a block at a time and never whole.
+
+The skeleton is the transformers model on the meta device. A *block* is one decoder layer; its weights go straight
+from the safetensors files to the device. Blocks and linears are found from the model itself, not from its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from errors import InputError, WorkError
+
+_MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+_MAX_JSON = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. Errors: `InputError` naming the file."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise InputError(f"{path.name} is larger than {_MAX_JSON >> 20} MiB: not a file of this kind")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"cannot read {path.name}: {type(error).__name__}: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path.name} holds no JSON object")
+    return found
+
+
+def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Path]:
+    """Which file of a checkpoint directory holds each tensor, from the index or the files themselves.
+
+    Errors: `InputError` for a missing shard, a name that leaves the directory, pickle-only weights.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{index.name} has no weight_map: download the model again")
+        files: dict[str, Path] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise InputError(f"{index.name} names a shard that is not a file beside it: {shard!r}")
+            files[name] = directory / shard
+        for shard_path in sorted(set(files.values())):
+            if not shard_path.is_file():
+                raise InputError(
+                    f"shard {shard_path.name} is missing in {directory}: download the model again"
+                )
+        return files
+    single = directory / "model.safetensors"
+    if single.is_file():
+        try:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        except SafetensorError as error:
+            raise InputError(f"{single.name} is damaged ({error}): download the model again") from None
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        remedy = (
+            "convert it to safetensors first (load it with transformers and save_pretrained)"
+            if allow_pickle
+            else "loading a pickle runs code from the file; if you trust it, pass --allow_pickle, or convert it to safetensors"
+        )
+        raise InputError(f"{directory} has only pickle weights ({pickles[0]}): {remedy}")
+    raise InputError(f"{directory} has no *.safetensors weights")
+
+
+def convert_pickles(directory: Path, into: Path) -> Path:
+    """A safetensors copy of a pickle checkpoint (read with `weights_only`), in `into`; returns `into`.
+
+    Shard by shard, so that memory holds one shard. Side files are linked by copying what is small.
+    """
+    from safetensors.torch import save_file
+
+    into.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    shards = sorted(
+        p for p in directory.iterdir() if p.suffix == ".bin" and p.name.startswith("pytorch_model")
+    )
+    if not shards:
+        raise InputError(f"{directory} has no pytorch_model*.bin to convert")
+    for number, shard in enumerate(shards):
+        try:
+            state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # noqa: BLE001 - anything a pickle may raise
+            raise InputError(
+                f"cannot read {shard.name} without running its code: {type(error).__name__}"
+            ) from None
+        name = f"model-{number:05d}.safetensors"
+        tensors = {k: v.contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
+        save_file(tensors, into / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+    (into / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for path in directory.iterdir():
+        if path.is_file() and not path.is_symlink() and path.suffix not in _WEIGHT_SUFFIXES:
+            if path.name not in ("pytorch_model.bin.index.json",):
+                (into / path.name).write_bytes(path.read_bytes())
+    return into
+
+
+def examine_config(directory: Path) -> dict[str, Any]:
+    """config.json of a directory that may be quantized. Errors: `InputError` saying what it is instead."""
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} has no config.json: give a Hugging Face model directory")
+    config = read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None and isinstance(config.get("text_config"), dict):
+        quantization = config["text_config"].get("quantization_config")
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
+        )
+        raise InputError(
+            f"{directory} is already quantized ({method}): give the FP16/BF16 model it was made from"
+        )
+    for key in _MOE_HINTS:
+        value = config.get(key)
+        if isinstance(value, int) and value > 1:
+            name = (config.get("architectures") or [config.get("model_type", "this model")])[0]
+            raise InputError(
+                f"{name} is a mixture of {value} experts: not supported yet, only dense models are"
+            )
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear layer: its path inside the block, its full tensor prefix, and its widths."""
+
+    path: str
+    name: str
+    out_features: int
+    in_features: int
+
+
+class Source:
+    """An opened model. `skeleton` is on the meta device except its buffers; `blocks` are names like `model.layers.0`."""
+
+    what = "source model"  # in messages
+
+    def __init__(
+        self, directory: Path, config: Any, skeleton: nn.Module, tokenizer: Any, files: dict[str, Path]
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.skeleton = skeleton
+        self.tokenizer = tokenizer
+        self.files = files
+        self.list_name, self.modules = _find_blocks(skeleton, config)
+        self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
+        self._handles: dict[Path, Any] = {}
+        self._prefix = self._name_shift()
+        self.dtype = self.read(f"{self.linears(0)[0].name}.weight").dtype
+        if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise InputError(f"weights are {self.dtype}: give a model in FP16, BF16 or FP32")
+
+    @classmethod
+    def open(cls, directory: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
+        """Reads config and tokenizer, builds the skeleton; no weights. Errors: `InputError`."""
+        raw = examine_config(directory)
+        files = tensor_files(directory, allow_pickle=allow_pickle)
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        remote = "auto_map" in raw
+        if remote and not trust_remote_code:
+            model_type = raw.get("model_type")
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+            if model_type not in CONFIG_MAPPING_NAMES:
+                raise InputError(
+                    f"the model brings its own code (auto_map): read it, then pass --trust_remote_code to run it"
+                )
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except Exception as error:  # noqa: BLE001 - transformers raises many kinds here
+            raise InputError(f"config.json is not usable: {_one_line(error)}") from None
+        # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
+        text = config.get_text_config()
+        attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
+        try:
+            with init_empty_weights(include_buffers=False):
+                skeleton = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=torch.float32,
+                    attn_implementation=attention,
+                    trust_remote_code=trust_remote_code,
+                )
+        except ValueError as error:
+            if "Unrecognized configuration class" in str(error):
+                raise InputError(
+                    f"{type(config).__name__} is not a causal LM: nothing to quantize here"
+                ) from None
+            raise InputError(f"cannot build the model: {_one_line(error)}") from None
+        except Exception as error:  # noqa: BLE001
+            raise InputError(f"cannot build the model: {_one_line(error)}") from None
+        skeleton.eval()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        except Exception as error:  # noqa: BLE001
+            raise InputError(f"no usable tokenizer in {directory}: {_one_line(error)}") from None
+        return cls(directory, config, skeleton, tokenizer, files)
+
+    # -- structure
+
+    def linears(self, index: int) -> list[Linear]:
+        """The linear layers of block `index`, in the order the module lists them."""
+        return [
+            Linear(path, f"{self.blocks[index]}.{path}", module.out_features, module.in_features)
+            for path, module in self.modules[index].named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+
+    def stored_name(self, parameter: str) -> str:
+        """The checkpoint's name for a parameter of the skeleton."""
+        if not self._prefix:
+            return parameter
+        old, new = self._prefix
+        return new + parameter[len(old) :] if parameter.startswith(old) else parameter
+
+    def _name_shift(self) -> tuple[str, str] | None:
+        """How the checkpoint's names differ from the skeleton's by the base model's prefix, if they do."""
+        probe = f"{self.linears(0)[0].name}.weight"
+        if probe in self.files:
+            return None
+        base = f"{getattr(self.skeleton, 'base_model_prefix', 'model')}."
+        candidates = [name for name in self.files if name.endswith(probe.removeprefix(base))]
+        if len(candidates) == 1:
+            return (base, candidates[0][: -len(probe.removeprefix(base))])
+        raise InputError(f"the weights do not match the config: no tensor {probe} in the checkpoint")
+
+    # -- tensors
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise WorkError(
+                    f"shard {path.name} is damaged ({_one_line(error)}): download it again"
+                ) from None
+        return self._handles[path]
+
+    def read(self, stored: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor as stored. Errors: `WorkError` naming shard and tensor."""
+        path = self.files.get(stored)
+        if path is None:
+            raise WorkError(f"the checkpoint has no tensor {stored}: download the model again")
+        try:
+            tensor: Tensor = self._handle(path).get_tensor(stored)
+            return tensor.to(device)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise WorkError(f"cannot read {stored} from {path.name}: {_one_line(error)}") from None
+
+    def load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Gives every parameter of `module` (named `prefix`) its weights on `device`; buffers move along.
+
+        Errors: `WorkError` for a shape that is not the config's, or a weight that is NaN or infinite.
+        """
+        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+            full = f"{prefix}.{name}" if prefix else name
+            tensor = self.read(self._tied(full), device)
+            if tensor.shape != parameter.shape:
+                raise WorkError(
+                    f"{full} is {tuple(tensor.shape)} in the weights and {tuple(parameter.shape)} in the config"
+                )
+            tensor = tensor.to(dtype)
+            if not bool(torch.isfinite(tensor).all()):
+                raise WorkError(f"{full} has NaN or infinite weights: the {self.what} is broken")
+            _set(module, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in list(module.named_buffers()):
+            stored = self.stored_name(f"{prefix}.{name}" if prefix else name)
+            owner, _, leaf = name.rpartition(".")
+            persistent = leaf not in module.get_submodule(owner)._non_persistent_buffers_set
+            if persistent and stored in self.files:
+                buffer = self.read(stored)
+            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    def _tied(self, parameter: str) -> str:
+        """The stored name of a parameter; of the input embedding where a tied output head is not stored."""
+        stored = self.stored_name(parameter)
+        if stored in self.files:
+            return stored
+        head, embedding = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
+        names = {id(module): name for name, module in self.skeleton.named_modules()}
+        if head is not None and parameter == f"{names[id(head)]}.weight":
+            return self.stored_name(f"{names[id(embedding)]}.weight")
+        return stored
+
+    @staticmethod
+    def release(module: nn.Module) -> None:
+        """Drops the weights of `module`; its parameters are on the meta device again."""
+        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+            empty = torch.empty_like(parameter, device="meta")
+            _set(module, name, nn.Parameter(empty, requires_grad=False))
+
+    def outside(self) -> list[str]:
+        """Stored names of every tensor that belongs to no linear inside a block: written as they are."""
+        quantized = {
+            self.stored_name(f"{linear.name}.weight")
+            for i in range(len(self.blocks))
+            for linear in self.linears(i)
+        }
+        return [name for name in self.files if name not in quantized]
+
+    def side_files(self) -> list[Path]:
+        """Everything in the directory that is not weights: tokenizer, generation config, templates, code, licence."""
+        found = []
+        for path in sorted(self.directory.iterdir()):
+            if (
+                path.suffix in _WEIGHT_SUFFIXES
+                or path.name.endswith(".index.json")
+                or path.name.startswith(".")
+            ):
+                continue
+            if path.name == "config.json" or not path.is_file():
+                continue
+            found.append(path)
+        return found
+
+
+def _find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    lists = [(n, m) for n, m in lists if any(isinstance(x, nn.Linear) for x in m.modules())]
+    if not lists:
+        raise InputError(f"{type(skeleton).__name__} has no decoder blocks with linear layers: not supported")
+    name, found = min(lists, key=lambda pair: pair[0].count("."))
+    for path, module in found[0].named_modules():
+        if re.search(r"experts?$", path.rpartition(".")[2]) or "moe" in type(module).__name__.lower():
+            raise InputError(f"{type(skeleton).__name__} is a mixture of experts: not supported yet")
+    return name, found
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:200]
+
+
+__all__ = ["Linear", "Source", "convert_pickles", "examine_config", "read_json", "tensor_files"]

@@ -1,0 +1,478 @@
+"""Token windows from local text. Words are numbered and each is one token, so that windows can be read back."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import corpus
+import pytest
+from calibration import (
+    Item,
+    Windows,
+    as_messages,
+    check_source,
+    draw,
+    load_windows,
+    longest_window,
+    split_text,
+)
+from config import CalibrationConfig
+from corpus import HubData
+from errors import InputError
+from transformers import PreTrainedTokenizerFast
+
+EOS, BOS, UNKNOWN, LINE = 0, 1, 2, 3
+FIRST = 4  # the id of word w0
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}"
+    "{% endif %}{{ 'w900' if m.role == 'user' else 'w901' }} {{ m.content }} {% endfor %}<eos>\n"
+)
+ROWS = [f"w{start} w{start + 1} w{start + 2}" for start in range(0, 90, 3)]
+
+
+def words(start: int, stop: int) -> str:
+    return " ".join(f"w{i}" for i in range(start, stop))
+
+
+def make_tokenizer(*, bos: bool = False, eos: bool = True, template: str | None = None) -> Any:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {"<eos>": EOS, "<bos>": BOS, "<unk>": UNKNOWN, "\n\n": LINE}
+    vocabulary |= {f"w{i}": i + FIRST for i in range(40_000)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    # Words, and the blank line that separates documents where there is no EOS.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[ =]+|(?<!\n)\n(?!\n)"), "removed"),
+            pre_tokenizers.Split(Regex(r"\n\n"), "isolated"),
+        ]
+    )
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
+        )
+    special = {"bos_token": "<bos>"} if bos else {}
+    special |= {"eos_token": "<eos>"} if eos else {}
+    fast: Any = PreTrainedTokenizerFast
+    # A maximum far below every document: lengths must not matter, nor be warned of.
+    made = fast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=4, **special)
+    made.chat_template = template
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def load(data: object, tokenizer: Any, **options: Any) -> tuple[Windows, list[str]]:
+    """The windows and the warnings."""
+    lines: list[str] = []
+    config = CalibrationConfig(**{"data": str(data), "samples": 4, "seq_len": 8, **options})
+    return load_windows(config, tokenizer, log=lines.append), lines
+
+
+def numbers(windows: Windows) -> list[int]:
+    """The numbers of all words, in order."""
+    return [int(i) - FIRST for i in windows.tokens.flatten() if i >= FIRST]
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    return path
+
+
+def write_csv(path: Path, rows: list[str]) -> Path:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], *([i, row] for i, row in enumerate(rows))])
+    return path
+
+
+def write_gz(path: Path, text: str) -> Path:
+    path.write_bytes(gzip.compress(text.encode()))
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def save_dataset(path: Path, columns: dict[str, list[Any]], *splits: str) -> Path:
+    import datasets
+
+    data = datasets.Dataset.from_dict(columns)
+    with corpus.quiet():
+        (datasets.DatasetDict(dict.fromkeys(splits, data)) if splits else data).save_to_disk(path)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "txt": lambda d: write_text(d / "a.txt", "\n".join(ROWS)),
+    "txt.gz": lambda d: write_gz(d / "a.txt.gz", "\n".join(ROWS)),
+    "BOM": lambda d: write_text(d / "a.TXT", "\ufeff" + "\n".join(ROWS)),
+    "jsonl": lambda d: write_lines(d / "a.jsonl", [{"text": row} for row in ROWS]),
+    "jsonl.gz": lambda d: write_lines(d / "a.jsonl.gz", [{"text": row} for row in ROWS]),
+    "jsonl of strings": lambda d: write_lines(d / "a.jsonl", ROWS),
+    "json": lambda d: write_json(d / "a.json", [{"text": row} for row in ROWS]),
+    "json of strings": lambda d: write_json(d / "a.json", ROWS),
+    "json by lines": lambda d: write_lines(d / "a.json", [{"text": row} for row in ROWS]),
+    "json object": lambda d: write_json(
+        d / "a.json", {"version": 1, "data": [{"text": row} for row in ROWS]}
+    ),
+    "json.gz": lambda d: write_gz(d / "a.json.gz", json.dumps([{"text": row} for row in ROWS])),
+    "csv": lambda d: write_csv(d / "a.csv", ROWS),
+    "csv.gz": lambda d: write_csv(d / "a.csv.gz", ROWS),
+    "parquet": lambda d: write_parquet(d / "a.parquet", {"id": list(range(30)), "text": ROWS}),
+    "saved": lambda d: save_dataset(d / "saved", {"text": ROWS}),
+    "saved dict": lambda d: save_dataset(d / "saved", {"text": ROWS}, "validation", "test"),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_kind_of_file_gives_all_its_text(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    windows, log = load(SOURCES[kind](tmp_path), tokenizer, samples=10)
+    whole = "txt" in kind.lower() or kind == "BOM"
+    # 90 words; rows are documents, each closed by EOS, and a text file is one document.
+    assert windows.tokens_seen == (91 if whole else 120)
+    assert windows.documents == (1 if whole else 30)
+    assert windows.tokens.shape == (min(10, windows.tokens_seen // 8), 8)
+    drawn = numbers(windows)
+    assert len(set(drawn)) == len(drawn) >= 60 and set(drawn) <= set(range(90))
+    assert bool(log) == (len(windows.tokens) < 10)
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "expected"),
+    [
+        (False, True, "w0 w1 w2 <eos> w3 w4 w5 <eos>"),
+        (False, False, "w0 w1 w2 \n\n w3 w4 w5 \n\n"),
+        (True, True, "<bos> w0 w1 w2 <eos> w3 w4 w5"),
+        (True, False, "<bos> w0 w1 w2 \n\n w3 w4 w5"),
+    ],
+)
+def test_documents_are_joined_and_blank_ones_cost_nothing(
+    bos: bool, eos: bool, expected: str, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(bos=bos, eos=eos)
+    rows = ["", "w0 w1 w2", " \n ", None, "w3 w4 w5", "\n\n"]
+    data = write_lines(tmp_path / "a.jsonl", [{"text": row} for row in rows])
+    texts = [
+        tokenizer.convert_ids_to_tokens(load(data, tokenizer, samples=1, seed=seed)[0].tokens[0].tolist())
+        for seed in range(8)
+    ]
+    other = expected.replace("w0 w1 w2", "x").replace("w3 w4 w5", "w0 w1 w2").replace("x", "w3 w4 w5")
+    assert {"".join(text) for text in texts} == {e.replace(" ", "") for e in (expected, other)}
+
+
+def test_every_window_opens_with_bos_where_the_tokenizer_gives_it(tmp_path: Path) -> None:
+    data = write_text(tmp_path / "a.txt", words(0, 200))
+    tokens = load(data, make_tokenizer(bos=True))[0].tokens
+    assert tokens[:, 0].tolist() == [BOS] * 4
+    assert (tokens[:, 1:] >= FIRST).all()
+
+
+def test_a_long_document_is_drawn_from_everywhere_and_nothing_twice(tmp_path: Path, tokenizer: Any) -> None:
+    data = write_text(tmp_path / "a.txt", "\n".join(words(i, i + 10) for i in range(0, 30_000, 10)))
+    windows, log = load(data, tokenizer, samples=64, seq_len=16)
+    drawn = numbers(windows)
+    assert len(drawn) == len(set(drawn)) > 64 * 15
+    assert log == []
+    # Ten stretches of the text: each gives something.
+    assert {n // 3000 for n in drawn} == set(range(10))
+    # Most of a window is text as it was written.
+    follows = sum(b - a == 1 for a, b in zip(drawn, drawn[1:], strict=False))
+    assert follows > 0.9 * len(drawn)
+
+
+def test_the_seed_decides(tmp_path: Path, tokenizer: Any) -> None:
+    data = write_text(tmp_path / "a.txt", "\n".join(words(i, i + 10) for i in range(0, 30_000, 10)))
+    prints = [load(data, tokenizer, seed=seed)[0].fingerprint for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    assert len(prints[0]) == 64
+
+
+def test_lines_of_articles_are_joined(tmp_path: Path, tokenizer: Any) -> None:
+    rows = ["", " = w0 = \n", "", f" {words(1, 20)} \n", " = = w20 = = \n", "", f" {words(21, 40)} \n"]
+    rows += ["", " = w40 = \n", "", f" {words(41, 80)} \n"]
+    windows, _ = load(write_parquet(tmp_path / "a.parquet", {"text": rows}), tokenizer, samples=2, seq_len=40)
+    assert windows.documents == 2
+    kept = windows.tokens.flatten().tolist()
+    # Two articles of 40 words, in one order or the other; the last word is cut off to fill whole windows.
+    first, second = list(range(FIRST, FIRST + 40)), list(range(FIRST + 40, FIRST + 80))
+    assert kept in ([*first, EOS, *second[:39]], [*second, EOS, *first[:39]])
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    shared = [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3"}]
+    expected = [900 + FIRST, 1 + FIRST, 2 + FIRST, 901 + FIRST, 3 + FIRST, EOS]
+    for index, (column, conversation) in enumerate([("messages", turns), ("conversations", shared)]):
+        for data in (
+            write_lines(tmp_path / f"{index}.jsonl", [{"id": 1, column: conversation}] * 2),
+            write_parquet(tmp_path / f"{index}.parquet", {"id": [1, 2], column: [conversation] * 2}),
+        ):
+            windows, _ = load(data, tokenizer, samples=2, seq_len=6)
+            # The template closes a conversation with EOS itself: no second one follows.
+            assert windows.tokens.tolist() == [expected] * 2
+            assert f"column {column}" in windows.source
+
+
+def test_conversations_that_the_template_refuses_are_told_of(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    good = [{"role": "user", "content": words(0, 20)}]
+    bad = [{"role": "tool", "content": "w1"}]
+    mixed = write_lines(tmp_path / "mixed.jsonl", [{"messages": bad}, {"messages": good}])
+    windows, log = load(mixed, tokenizer, samples=2)
+    assert windows.documents == 1
+    assert len(windows.tokens) == 2
+    assert log == ["calibration: the chat template refuses 1 conversations: no tool"]
+    with pytest.raises(InputError, match="refuses every conversation of .*: no tool"):
+        load(write_lines(tmp_path / "bad.jsonl", [{"messages": bad}]), tokenizer)
+
+
+def test_fewer_windows_than_asked_for_are_warned_of(tmp_path: Path, tokenizer: Any) -> None:
+    windows, log = load(write_text(tmp_path / "a.txt", words(0, 20)), tokenizer, samples=100)
+    assert windows.tokens.shape == (2, 8)
+    assert windows.requested == 100
+    assert log == [
+        f"calibration: {tmp_path}/a.txt has only 21 tokens: 2 windows of 8 instead of the 100 asked for"
+    ]
+    assert str(windows) == f"2 x 8 = 16 tokens from 1 document of {tmp_path}/a.txt"
+
+
+def test_tokenizing_is_quiet(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.WARNING)
+    load(save_dataset(tmp_path / "saved", {"text": [words(0, 200)]}), tokenizer)
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+def bad_gzip(path: Path) -> Path:
+    path.write_bytes(gzip.compress(words(0, 20_000).encode())[:-2000])
+    return path
+
+
+def raw(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+# What is wrong, and words of the line that tells it.
+REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
+    "missing file": (lambda d: d / "none.txt", {}, "no such file or directory: .*none.txt"),
+    "missing relative file": (lambda d: "none.jsonl.gz", {}, "no such file or directory: none.jsonl.gz"),
+    "missing directory": (lambda d: d / "none", {}, "no such file or directory"),
+    "unknown extension": (
+        lambda d: write_text(d / "a.docx", "w"),
+        {},
+        "cannot tell what .*a.docx is by its name",
+    ),
+    "compressed parquet": (lambda d: write_text(d / "a.parquet.gz", "w"), {}, "cannot tell what"),
+    "not a saved dataset": (lambda d: d, {}, "holds no dataset written by save_to_disk"),
+    "malformed id": (lambda d: "org/name:a:b:c:d", {}, "cannot read 'org/name:a:b:c:d' as calibration data"),
+    "spaces": (lambda d: "my text", {}, r"give wikitext, c4, pileval, a hub id repo\[:config"),
+    "no samples": (lambda d: write_text(d / "a.txt", "w"), {"samples": 0}, "--calib_samples 0: at least 1"),
+    "no length": (lambda d: write_text(d / "a.txt", "w"), {"seq_len": 1}, "--calib_seq_len 1: at least 2"),
+    "too little": (
+        lambda d: write_text(d / "a.txt", words(0, 5)),
+        {},
+        "too little text to calibrate on: .*a.txt gives 6 tokens and one window needs 8: "
+        "take a smaller --calib_seq_len or more text",
+    ),
+    "empty text": (lambda d: write_text(d / "a.txt", ""), {}, "gives 0 tokens"),
+    "empty json lines": (lambda d: write_text(d / "a.jsonl", ""), {}, "has none"),
+    "empty json": (lambda d: write_text(d / "a.json", ""), {}, "cannot read .*a.json"),
+    "empty csv": (lambda d: write_text(d / "a.csv", ""), {}, "has none: choose with --calib_column"),
+    "no such column": (
+        lambda d: write_csv(d / "a.csv", ROWS),
+        {"column": "body"},
+        "no column 'body': .*a.csv has id, text: choose with --calib_column",
+    ),
+    "no text column": (
+        lambda d: write_parquet(d / "a.parquet", {"x": ["w"], "y": ["w"]}),
+        {},
+        "no column 'text': .*a.parquet has x, y: choose with --calib_column",
+    ),
+    "numbers": (
+        lambda d: write_parquet(d / "a.parquet", {"text": [1, 2]}),
+        {},
+        "column text holds int values, neither text nor conversations",
+    ),
+    "list of numbers": (lambda d: write_lines(d / "a.jsonl", [{"text": [1]}]), {}, "holds list values"),
+    "numbers as records": (lambda d: write_json(d / "a.json", [1]), {}, "holds int records"),
+    "no chat template": (
+        lambda d: write_lines(d / "a.jsonl", [{"messages": [{"role": "user", "content": "w1"}]}]),
+        {},
+        "holds conversations, and the model's tokenizer has no chat template",
+    ),
+    "bad line": (lambda d: write_text(d / "a.jsonl", '{"text": "w1"}\n{"te'), {}, "line 2 is not JSON"),
+    "bad json": (lambda d: write_text(d / "a.json", '[{"text": "w1"},'), {}, "cannot read .*a.json"),
+    "bad gzip": (lambda d: bad_gzip(d / "a.txt.gz"), {}, "cannot read .*a.txt.gz"),
+    "not gzip": (lambda d: write_text(d / "a.txt.gz", "w1"), {}, "cannot read .*a.txt.gz"),
+    "bad parquet": (lambda d: write_text(d / "a.parquet", "w1"), {}, "cannot read .*a.parquet"),
+    "latin-1": (lambda d: raw(d / "a.txt", "Stra\xdfe".encode("latin-1")), {}, "a.txt: not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_are_one_line(case: str, tmp_path: Path, tokenizer: Any) -> None:
+    make, options, line = REFUSALS[case]
+    with pytest.raises(InputError, match=line) as refusal:
+        load(make(tmp_path), tokenizer, **options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("wikitext", HubData("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
+        ("wikitext:wikitext-103-raw-v1", HubData("Salesforce/wikitext", "wikitext-103-raw-v1", "train")),
+        ("wikitext::test", HubData("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+        ("c4", HubData("allenai/c4", "en", "train")),
+        ("pileval", HubData("mit-han-lab/pile-val-backup", None, "validation")),
+        ("org/name", HubData("org/name")),
+        ("org/name:a:b:c", HubData("org/name", "a", "b", "c")),
+        ("org/name:::c", HubData("org/name", None, None, "c")),
+        ("name", HubData("name")),
+    ],
+)
+def test_names_and_ids(data: str, expected: HubData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikitext").mkdir()  # a directory of that name does not stand in the way
+    check_source(CalibrationConfig(data=data))
+    assert corpus.locate(data) == expected
+
+
+def test_checking_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from calibration import check_source; from config import CalibrationConfig\n"
+        "check_source(CalibrationConfig(data='org/name'))\n"
+        "print({'torch', 'datasets', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
+    )
+    folder = str(Path(corpus.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_drawing_keeps_the_budget_and_favours_no_place() -> None:
+    middles = []
+    for seed in range(20):
+        drawn = draw((Item(i, 10, "x" * 10) for i in range(2000)), 1000, seed)
+        assert len(drawn) == 100
+        middles.append(sum(item.document for item in drawn) / 100)
+    # The mean of 2000 uniform means: 999.5, give or take 577 / sqrt(2000) = 13.
+    assert abs(sum(middles) / 20 - 999.5) < 52
+    assert draw(iter([Item(0, 10, "x")]), 1000, 0) == [Item(0, 10, "x")]
+
+
+def test_a_larger_budget_draws_the_same_and_more() -> None:
+    items = [Item(i, 1 + i % 7, "x") for i in range(500)]
+    few, many = (draw(items, budget, 3) for budget in (100, 400))
+    assert many[: len(few)] == few
+    assert sum(i.size for i in few[:-1]) < 100 <= sum(i.size for i in few)
+
+
+def test_a_stream_is_read_no_further_than_needed(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+
+    def rows(column: str) -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield words(read % 1000 * 30, read % 1000 * 30 + 30)
+
+    table = corpus.Table("endless", ("text",), rows, streamed=True)
+    monkeypatch.setattr(corpus, "open_table", lambda source, seed: table)
+    windows, log = load("org/endless", tokenizer, samples=16, seq_len=32)
+    assert windows.tokens.shape == (16, 32)
+    assert log == []
+    # More than the 18 rows that 16 windows hold, so that there is something to draw from.
+    assert 25 < read < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "pieces"),
+    [
+        ("", 5, [""]),
+        ("abc", 5, ["abc"]),
+        ("ab cd ef", 5, ["ab ", "cd ef"]),
+        ("a b\nc d e", 6, ["a b\n", "c d e"]),
+        ("abcdefgh", 3, ["abc", "def", "gh"]),
+    ],
+)
+def test_text_is_split_at_lines_or_words(text: str, limit: int, pieces: list[str]) -> None:
+    assert list(split_text(text, limit)) == pieces
+
+
+@pytest.mark.parametrize(
+    ("value", "messages"),
+    [
+        ([{"role": "user", "content": "a", "tool_calls": None}], [{"role": "user", "content": "a"}]),
+        ({"role": ["user", "assistant"], "content": ["a", "b"]}, [("user", "a"), ("assistant", "b")]),
+        (
+            [{"from": "system", "value": "a"}, {"from": "gpt", "value": "b"}],
+            [("system", "a"), ("assistant", "b")],
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [1]}],
+            [{"role": "assistant", "content": "", "tool_calls": [1]}],
+        ),
+        ([{"text": "a"}], None),
+        (["a"], None),
+        (3, None),
+    ],
+)
+def test_messages(value: Any, messages: Any) -> None:
+    expected = messages and [
+        m if isinstance(m, dict) else dict(zip(("role", "content"), m, strict=True)) for m in messages
+    ]
+    assert as_messages(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_limit", "model_limit", "longest"),
+    [
+        (4096, 2048, 2048),
+        (512, 2048, 512),
+        (int(1e30), 2048, 2048),
+        (int(1e30), None, None),
+        (512, None, 512),
+    ],
+)
+def test_longest_window(tokenizer_limit: int, model_limit: int | None, longest: int | None) -> None:
+    class Limited:
+        model_max_length = tokenizer_limit
+
+    assert longest_window(Limited(), model_limit) == longest

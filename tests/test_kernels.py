@@ -1,0 +1,284 @@
+"""Each Triton kernel against its PyTorch twin, and the twins against float64.
+
+The kernels run on the GPU where there is one, else in Triton's interpreter, which has to be chosen before
+Triton is imported: one test here starts this file again in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import grid
+import kernels
+from grid import Grid, GridSpec, SearchEffort
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+Case = TypeVar("Case", bound=Callable[..., None])
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _kernel_test(function: Case) -> Case:
+    if INTERPRETED:
+        return function
+    skip = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device (or Triton's interpreter)")
+    marked: Case = pytest.mark.gpu(skip(function))
+    return marked
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run natively")
+def test_kernels_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton has no build for this platform")
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) >= 20
+
+
+def second_moment(width: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+    x = torch.randn(4 * width, width, generator=generator, dtype=torch.float64) @ mix
+    H: Tensor = x.T @ x / (4 * width) + 0.01 * torch.eye(width, dtype=torch.float64)
+    return H
+
+
+def upper_factor(width: int) -> Tensor:
+    """Upper `R` with `H^-1 = R^T R`."""
+    R: Tensor = torch.linalg.cholesky(torch.linalg.inv(second_moment(width)), upper=True)
+    return R.float()
+
+
+def weights(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def grids(columns: int, out: int, groups: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    scale = (0.2 / levels) * (0.7 + torch.rand(groups, out, generator=generator))
+    scale[0, ::3] *= -1
+    zero = torch.randint(0, levels + 1, (groups, out), generator=generator).float()
+    return scale, zero, torch.randint(0, groups, (columns,), generator=generator)
+
+
+def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.to(DEVICE).clone() for t in tensors)
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 100, 512, 513, 1800])
+def test_lower_inverse(n: int) -> None:
+    L = torch.linalg.cholesky(second_moment(n))
+    inverse = kernels.lower_inverse(L)
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ L, torch.eye(n, dtype=L.dtype), atol=1e-10, rtol=0)
+    single = kernels.lower_inverse(L.float().to(DEVICE)).cpu()
+    assert float((single.double() - inverse).norm() / inverse.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("levels", [3, 15, 255])
+def test_compensation_against_float64(levels: int) -> None:
+    """The recursion as the paper writes it, one column at a time over the whole row, in float64."""
+    columns, out = 24, 7
+    work, R = weights(columns, out), upper_factor(columns)
+    scale, zero, group = grids(columns, out, 3, levels)
+    W, V = work.double().clone(), torch.empty(columns, out, dtype=torch.float64)
+    expected = torch.empty(columns, out, dtype=torch.uint8)
+    for j in range(columns):
+        s, z = scale[group[j]].double(), zero[group[j]].double()
+        integer = ((W[j] / s).round() + z).clamp(0, levels)
+        expected[j], V[j] = integer.to(torch.uint8), (integer - z) * s
+        e = (W[j] - V[j]) / R[j, j].double()
+        for later in range(j + 1, columns):
+            W[later] -= R[j, later].double() * e
+    q = torch.empty(columns, out, dtype=torch.uint8)
+    errors = kernels.compensate_columns(work, scale, zero, group, R, levels, q)
+    assert torch.equal(q, expected)
+    torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        errors.double(), (W - V) / R.diagonal()[:, None].double(), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("columns", "out", "levels"), [(128, 40, 15), (96, 33, 255), (1, 5, 3), (17, 16, 7)])
+@_kernel_test
+def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
+    R = torch.randn(
+        columns, columns + 9
+    )  # a view with wide rows, and below the diagonal what must not be read
+    R[:, :columns] = upper_factor(columns) + torch.full((columns, columns), 1e3).tril(-1)
+    work, wide = on_device(weights(columns, out), R)
+    R = wide[:, :columns]
+    scale, zero, group = on_device(*grids(columns, out, 5, levels))
+    twin = work.clone()
+    q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    errors = kernels._compensate_columns_triton(work, scale, zero, group, R, levels, q)
+    errors_twin = kernels._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin)
+    # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
+    same = (q == q_twin).all(dim=0)
+    assert float(same.float().mean()) > 0.9
+    torch.testing.assert_close(work[:, same], twin[:, same], atol=0, rtol=0)
+    torch.testing.assert_close(errors[:, same], errors_twin[:, same], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("columns", "out", "levels"), [(128, 40, 15), (32, 33, 255), (5, 3, 3)])
+@_kernel_test
+def test_descend_kernel(columns: int, out: int, levels: int) -> None:
+    H = second_moment(columns).float()
+    scale, zero, _ = grids(columns, out, 1, levels)
+    W = weights(columns, out)
+    q = ((W / scale[0]).round() + zero[0]).clamp(0, levels)
+    value = (q - zero[0]) * scale[0]
+    state = on_device(H @ (W - value), value, q.to(torch.uint8))
+    H, s, z, W = on_device(H, scale[0], zero[0], W)
+    twin = tuple(t.clone() for t in state)
+    kernels._descend_columns_triton(state[0], state[1], s, z, H, levels, state[2])
+    kernels._descend_columns_torch(twin[0], twin[1], s, z, H, levels, twin[2])
+    same = (state[2] == twin[2]).all(dim=0)
+    assert float(same.float().mean()) > 0.9
+    torch.testing.assert_close(state[1][:, same], twin[1][:, same], atol=0, rtol=0)
+    torch.testing.assert_close(state[0], H @ (W - state[1]), atol=1e-5, rtol=1e-4)  # still the gradient
+
+
+def test_descent_never_adds_error() -> None:
+    columns, out, levels = 64, 20, 15
+    H, W = second_moment(columns), weights(columns, out).double()
+    scale, zero, _ = grids(columns, out, 1, levels)
+    s, z = scale[0].double(), zero[0].double()
+    q = ((W / s).round() + z).clamp(0, levels)
+    value = (q - z) * s
+
+    def form() -> Tensor:
+        error = W - value
+        return (error * (H @ error)).sum(dim=0)
+
+    before, integers = form(), q.to(torch.uint8)
+    kernels.descend_columns(H @ (W - value), value, s, z, H, levels, integers)
+    assert bool((form() <= before * (1 + 1e-12)).all())
+    assert float(form().sum()) < 0.9 * float(before.sum())
+    assert torch.equal(value, (integers.double() - z) * s)
+
+
+@pytest.mark.parametrize("step", [1.0, -0.25, 2.0**-14])
+@_kernel_test
+def test_ties_go_to_even(step: float) -> None:
+    """As `torch.round` does: 0.5 to 0, 1.5 and 2.5 to 2."""
+    halves = torch.arange(-8, 9).float() + 0.5
+    work = (halves * step)[None].to(DEVICE)
+    q = torch.empty(1, 17, dtype=torch.uint8, device=DEVICE)
+    one = torch.ones(1, 17, device=DEVICE)
+    first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    kernels._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q)
+    assert q[0].tolist() == (torch.round(halves) + 100).tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("size", "dtypes"), [(128, HALVES), (64, (torch.float16,)), (32, (torch.bfloat16,)), (32, HALVES[::-1])]
+)
+@_kernel_test
+def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    out, groups = 70, 2
+    if size != 32 and bits in (2, 8):
+        out = 20
+    W = weights(out, groups * size)
+    W[0] = 0.0  # a dead row
+    W[1] = W[1].abs()  # one sign alone
+    W[2] *= 1e-4  # scales at the bottom of float16
+    H = second_moment(groups * size).float()
+    W, M = on_device(W, grid.metric_blocks(H, size))
+    spec = GridSpec(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
+    effort = SearchEffort(sweep=7, refits=2)
+    grouped = W.reshape(out, groups, size)
+    scale, zero, loss = kernels.search_groups(
+        grouped, M, grid._shrinks(bits, effort.sweep), levels=spec.levels, symmetric=symmetric,
+        zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
+    )  # fmt: skip
+    twin = grid._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
+    assert torch.equal(scale, grid.representable(scale, dtypes))
+    assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
+    same = (scale == twin.scale) & (zero == twin.zero)
+    assert float(same.float().mean()) > 0.9
+    # Where near equals were told apart differently the ways part, to no one's gain.
+    assert float(loss.sum() / twin.loss.sum()) == pytest.approx(1.0, abs=1e-2)
+    torch.testing.assert_close(loss[same], twin.loss[same], rtol=1e-3, atol=1e-12)
+    # And the error is what it says.
+    chosen = Grid(scale.T, zero.T)
+    E = W - grid.dequantize(grid.round_to_nearest(W, chosen, spec), chosen, size)
+    E = E.reshape(out, groups, size).double()
+    truth = torch.einsum("ogi,gij,ogj->go", E, M.double(), E)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=1e-12)
+
+
+@_kernel_test
+def test_search_kernel_in_low_precision() -> None:
+    """Fast products may pick another of two near equals, and lose nothing on the whole."""
+    W, M = on_device(weights(96, 256), grid.metric_blocks(second_moment(256).float(), 128))
+    spec, grouped = GridSpec(4, 128, True), W.reshape(96, 2, 128)
+    exact, fast = (
+        kernels.search_groups(
+            grouped, M, grid._shrinks(4, 24), levels=15, symmetric=True, zero_min=0,
+            dtypes=spec.scale_dtypes, refits=2, precision=precision,
+        )
+        for precision in ("tf32x3", "tf32")
+    )  # fmt: skip
+    chosen = Grid(fast[0].T, fast[1].T)
+    E = (
+        (W - grid.dequantize(grid.round_to_nearest(W, chosen, spec), chosen, 128))
+        .reshape(96, 2, 128)
+        .double()
+    )
+    truth = torch.einsum("ogi,gij,ogj->go", E, M.double(), E)
+    ratio = truth / exact[2].double()
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=2e-3)
+    assert float((ratio > 1.01).float().mean()) < 0.02
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
+    import gptq_solver
+
+    W, H = weights(300, 384), second_moment(384).float()
+    spec = GridSpec(4, 128, True)
+    results = []
+    for device in ("cpu", "cuda"):
+        w, h = W.to(device), H.to(device)
+        found = grid.search_grid(w, grid.metric_blocks(h, 128), spec)
+        factor = gptq_solver.factorize(h, 0.01, act_order=True)
+        q = gptq_solver.compensate(w, found, spec, factor)
+        q, found = gptq_solver.descend(w, q, found, spec, h, sweeps=1, refit=True)
+        results.append(gptq_solver.output_error(w, grid.dequantize(q, found, 128), h))
+    assert results[1] == pytest.approx(results[0], rel=0.01)
+
+
+def test_fallback_where_triton_cannot_run() -> None:
+    W = weights(4, 64)
+    if DEVICE == "cpu":
+        assert not kernels.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels._rows(W.T)

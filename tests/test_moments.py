@@ -1,0 +1,132 @@
+"""Second moments against float64, over pieces, orders, merges and ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from moments import SecondMoment
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def tokens(count: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Correlated channels of very different size, with a mean: as in a real model."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) / width**0.5
+    size = torch.exp(torch.randn(width, generator=generator))
+    x: Tensor = (torch.randn(count, width, generator=generator) @ mix + 0.3) * size
+    return x.to(dtype)
+
+
+def exact(x: Tensor) -> Tensor:
+    x = x.double().cpu().reshape(-1, x.shape[-1])
+    H: Tensor = x.T @ x / x.shape[0]
+    return H
+
+
+def assert_close(H: Tensor, truth: Tensor, tolerance: float) -> None:
+    """Each entry within `tolerance` of `sqrt(H_ii H_jj)`, the bound of its sum of absolute products."""
+    scale = truth.diagonal().sqrt()
+    assert float(((H.double().cpu() - truth).abs() / (scale[:, None] * scale)).max()) < tolerance
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [48, 200, 2176])
+def test_matches_float64(device: str, dtype: torch.dtype, width: int) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = tokens(1024, width, dtype).reshape(2, 512, width)
+    moment = SecondMoment(width, device)
+    for part in x:
+        moment.add(part.unsqueeze(0).to(device))
+    assert moment.tokens == 1024
+    assert moment.finite()
+    H = moment.finish()
+    assert H.dtype == torch.float32
+    assert torch.equal(H, H.T)
+    # Products of halves are exact; n = 1024 float32 additions lose at most n * 2^-24 = 6e-5, by chance
+    # about sqrt(n) * 2^-24 = 2e-6.
+    assert_close(H, exact(x), 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_tokens_in_any_order(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = tokens(200_000, 32, torch.float16)
+    truth = exact(x)
+    for order in (x, x.flip(0), x[torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(1))]):
+        moment = SecondMoment(32, device)
+        for part in torch.split(order, 7777):
+            moment.add(part.to(device))
+        assert moment.tokens == 200_000
+        assert_close(moment.finish(), truth, 3e-5)
+
+
+def test_half_inputs_are_not_squared_in_half() -> None:
+    moment = SecondMoment(4, "cpu")
+    moment.add(torch.full((10, 4), 60000.0, dtype=torch.float16))  # the square does not fit float16
+    assert moment.finite()
+    torch.testing.assert_close(moment.finish(), torch.full((4, 4), float(torch.tensor(60000.0).half()) ** 2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_finite_sees_one_bad_number(bad: float) -> None:
+    moment = SecondMoment(64, "cpu")
+    x = tokens(10, 64)
+    moment.add(x)
+    assert moment.finite()
+    x[3, 17] = bad
+    moment.add(x)
+    assert not moment.finite()
+
+
+def test_merge_equals_one_pass_and_finish_is_final() -> None:
+    x = tokens(600, 40)
+    parts = [SecondMoment(40, "cpu") for _ in range(3)]
+    for part, piece in zip(parts, torch.split(x, [100, 300, 200]), strict=True):
+        part.add(piece)
+    first, *others = parts
+    for other in others:
+        first.merge(other)
+    assert first.tokens == 600
+    H = first.finish()
+    assert_close(H, exact(x), 1e-6)
+    assert first.finish() is H
+    with pytest.raises(RuntimeError, match="finish"):
+        first.add(x)
+    for one, other in ((first, others[0]), (others[0], first)):
+        with pytest.raises(RuntimeError, match="finish"):
+            one.merge(other)
+
+
+def test_no_tokens_give_zeros() -> None:
+    moment = SecondMoment(8, "cpu")
+    moment.add(torch.empty(2, 0, 8))
+    assert moment.tokens == 0
+    assert torch.equal(moment.finish(), torch.zeros(8, 8))
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x = tokens(300, 24)
+    moment = SecondMoment(24, "cpu")
+    moment.add(x[:100] if rank == 0 else x[100:])
+    moment.all_reduce()
+    assert moment.tokens == 300
+    torch.save(moment.finish(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_all_reduce_over_two_ranks(tmp_path: Path) -> None:
+    spawn(_rank, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    assert_close(first, exact(tokens(300, 24)), 1e-6)
