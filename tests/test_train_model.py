@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from embedded import build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from embedded import build
 
 SENTENCE = "The function returns the value that was found first in the list of its arguments."
 
@@ -237,3 +239,29 @@ def test_folders_that_hold_something_else_are_not_replaced(stdlib_corpus: Path, 
     assert (tmp_path / "precious.txt").read_text() == "mine"
     with pytest.raises(SystemExit, match=r"no train\.jsonl\.gz"):
         build.train(tmp_path, tmp_path / "new", "tiny", steps=1, device_name="cpu")
+
+
+def test_the_shipped_model_predicts_its_heldout_text_as_its_card_says() -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(str(build.HERE / "model"), dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(build.HERE / "model"))
+    text = (build.HERE / "heldout.txt").read_text("utf-8")
+    stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    card = (build.HERE / "model/README.md").read_text("utf-8")
+    stated = [
+        float(x) for pair in re.findall(r"([\d.]+) nats|groups of 128:\s+([\d.]+)", card) for x in pair if x
+    ]
+    loss = build.mean_loss(model, stream)
+    build.round_to_nearest(model)
+    rounded = build.mean_loss(model, stream)
+    # The card's numbers have marks between documents, the file has not.
+    assert [loss, rounded] == pytest.approx(stated, abs=0.05)
+    assert rounded - loss > 0.01
+
+
+def test_the_shipped_texts_share_no_paragraph() -> None:
+    calibration, heldout = (
+        set((build.HERE / f"{name}.txt").read_text("utf-8").split("\n\n"))
+        for name in ("calibration", "heldout")
+    )
+    assert min(len(calibration), len(heldout)) > 100
+    assert not calibration & heldout

@@ -139,9 +139,14 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "use_cach
 
 
 def _load_around(
-    source: Source, root: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype
+    source: Source,
+    root: nn.Module,
+    prefix: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    without: nn.Module | None = None,
 ) -> list[nn.Module]:
-    """Loads every module of `root` that is not one of the blocks and holds no blocks; returns them."""
+    """Loads every module of `root` but `without` and the blocks and what holds them; returns them."""
     loaded: list[nn.Module] = []
 
     def visit(module: nn.Module, name: str) -> None:
@@ -168,7 +173,7 @@ def _load_around(
 
 @contextmanager
 def head(source: Source, device: torch.device, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A function from last states (n, length, width) to logits (n, length, vocabulary), by the model's own code."""
+    """A function from last states (n, length, width) to logits (n, length, vocabulary): the model's own code."""
     # What enters the first block is thrown away: the embedding, often the largest tensor, need not be there.
     embedding = source.skeleton.get_input_embeddings()
     loaded = _load_around(source, source.skeleton, "", device, dtype, without=embedding)

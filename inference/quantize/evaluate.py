@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far a quantized checkpoint is from its source, read from the saved files.
 
-    evaluate.py SOURCE QUANTIZED             perplexity of both, KL divergence, agreement of the likeliest token
+    evaluate.py SOURCE QUANTIZED             perplexity of both, KL divergence, same likeliest token
     evaluate.py SOURCE --compare A B ...     several checkpoints of one source side by side
 
 Both models are streamed block by block, so that it runs wherever the quantizer ran.
@@ -22,8 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import capture
 import torch
+from torch import Tensor
+
+import capture
 from calibration import load_windows, longest_window
 from config import EMBEDDED_HELDOUT, CalibrationConfig, QuantizeConfig
 from console import Console, one_line
@@ -31,7 +33,6 @@ from errors import InputError, WorkError
 from hub import resolve_model
 from saved import Saved, dequantized
 from source import Source
-from torch import Tensor
 
 EVAL_SEQ_LEN = 512
 LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # memory for logits and what is computed of them
@@ -111,7 +112,7 @@ def measure(
 
 
 def _home(source: Source, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> torch.device:
-    """Where the states of both models live: on the device where they take little of it, else in host memory."""
+    """Where the states of both models live: on the device where they take little of it, or host memory."""
     if device.type != "cuda":
         return device
     width = source.skeleton.get_input_embeddings().weight.shape[1]
@@ -216,7 +217,8 @@ def sample(
     config = AutoConfig.from_pretrained(quantized)
     del config.quantization_config
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float16
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    build: Any = AutoModelForCausalLM.from_config
+    model = build(config, dtype=dtype)
     left = model.load_state_dict({name: saved.read(name) for name in saved.files}, strict=False)
     model.tie_weights()
     missing = set(left.missing_keys) - set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -253,14 +255,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = _Parser(
         prog="evaluate.py",
-        description="Measure quantized checkpoints against their source: perplexity, KL divergence, agreement.",
+        description="Measure quantized checkpoints against their source.",
         epilog="Exit codes: 0 done, 2 bad usage or input, 1 failure in the work, 130 interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="the model before: a local directory or a hub id")
-    parser.add_argument(
-        "quantized", metavar="QUANTIZED", nargs="?", type=Path, help="its quantized directory"
-    )
+    parser.add_argument("quantized", metavar="QUANTIZED", nargs="?", type=Path, help="quantized directory")
     parser.add_argument(
         "--compare", metavar="DIR", nargs="+", type=Path, default=[], help="several of them, side by side"
     )
@@ -281,9 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="draws the windows (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run Python code of the source model"
-    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of SOURCE")
     return parser
 
 
@@ -295,9 +293,7 @@ def pick_device(asked: str) -> torch.device:
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError(
-            f"--device {asked}: no GPU that PyTorch can use: take --device cpu, or check the driver"
-        )
+        raise InputError(f"--device {asked}: no GPU that PyTorch can use: take --device cpu")
     if int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     return torch.device("cuda", int(number or 0))
@@ -351,16 +347,8 @@ def _table(checkpoints: list[Path], sizes: list[int], results: list[Measured]) -
     rows = [("checkpoint", "MiB", "perplexity", "KL divergence", "same token")]
     rows.append(("(source)", "", f"{results[0].perplexity_source:.3f}", "", ""))
     for path, size, result in zip(checkpoints, sizes, results, strict=True):
-        same = f"{100 * result.agreement:.2f} %"
-        rows.append(
-            (
-                str(path),
-                f"{size / 2**20:,.1f}",
-                f"{result.perplexity_quantized:.3f}",
-                f"{result.kl:.5f}",
-                same,
-            )
-        )
+        ppl, same = f"{result.perplexity_quantized:.3f}", f"{100 * result.agreement:.2f} %"
+        rows.append((str(path), f"{size / 2**20:,.1f}", ppl, f"{result.kl:.5f}", same))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{row[0]:{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))

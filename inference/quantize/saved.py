@@ -1,7 +1,7 @@
 """Quantized checkpoints as plain weights, from the files alone.
 
-Reads `awq` (AutoAWQ's gemm), `gptq` (AutoGPTQ v1 and v2) and `compressed-tensors` (`pack-quantized`). Shares no
-code with `packing.py` on purpose: an error there must show in what is measured of the files.
+Reads `awq` (AutoAWQ's gemm), `gptq` (AutoGPTQ v1 and v2) and `compressed-tensors` (`pack-quantized`).
+Shares no code with `packing.py` on purpose: an error there must show in what is measured of the files.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from errors import InputError, WorkError
 from safetensors import SafetensorError, safe_open
-from source import read_json, tensor_files
 from torch import Tensor
+
+from errors import InputError, WorkError
+from source import read_json, tensor_files
 
 # What a linear's packed integers are called after its name.
 _MARKERS = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed"}
@@ -38,7 +39,7 @@ def dequantized(directory: Path) -> Saved:
 
 
 class Saved:
-    """A reader: `read("X.weight")` is the de-quantized weight, float32 (out, in); other tensors come as stored.
+    """A reader: `read("X.weight")` is the de-quantized weight, float32 (out, in); other tensors as stored.
 
     `files` maps the names that can be read to the shard that holds them; `linears` are the quantized `X`.
     """
@@ -49,9 +50,7 @@ class Saved:
         config = read_json(directory / "config.json")
         settings = config.get("quantization_config")
         if not isinstance(settings, dict):
-            raise InputError(
-                f"{directory} is not quantized: give what awq_quantize.py or gptq_quantize.py wrote"
-            )
+            raise InputError(f"{directory} is not quantized: give a directory that the quantizer wrote")
         self.directory = directory
         self.layout = str(settings.get("quant_method"))
         self.bits = _bits(self.layout, settings)
@@ -127,7 +126,7 @@ def _bits(layout: str, settings: dict[str, Any]) -> int:
 
 
 def _stream(words: Tensor, bits: int) -> Tensor:
-    """int32 (rows, n) -> int64 (rows, values): a little-endian bit stream along each row, to its last word."""
+    """int32 (rows, n) -> int64 (rows, values): a little-endian bit stream along each row, to its end."""
     rows, columns = words.shape
     whole = -(-columns // bits) * bits  # 32 values fill `bits` words
     words = torch.nn.functional.pad(words, (0, whole - columns)).to(torch.int64) & 0xFFFFFFFF
@@ -135,20 +134,20 @@ def _stream(words: Tensor, bits: int) -> Tensor:
     first = torch.arange(32, device=words.device) * bits
     # A value that crosses a word's border has its upper bits at the bottom of the next one.
     pairs = chunks[:, :, first // 32] | (chunks[:, :, first // 32 + 1] << 32)
-    return ((pairs >> (first % 32)) & (2**bits - 1)).view(rows, -1)
+    return torch.bitwise_and(pairs >> (first % 32), 2**bits - 1).view(rows, -1)
 
 
 def _padded(words: Tensor, bits: int) -> Tensor:
     """The same where each word holds `32 // bits` values and idle bits: compressed-tensors before 0.18."""
     shifts = torch.arange(32 // bits, device=words.device) * bits
-    wide = words.to(torch.int64) & 0xFFFFFFFF
-    return ((wide[:, :, None] >> shifts) & (2**bits - 1)).flatten(1)
+    wide = words.to(torch.int64)[:, :, None] & 0xFFFFFFFF
+    return torch.bitwise_and(wide >> shifts, 2**bits - 1).flatten(1)
 
 
 def _awq_columns(words: Tensor) -> Tensor:
     """int32 (rows, n / 8) -> int64 (rows, n)."""
     shifts = 4 * torch.tensor(_AWQ_PLACES, device=words.device)
-    return ((words.to(torch.int64)[:, :, None] >> shifts) & 15).flatten(1)
+    return torch.bitwise_and(words.to(torch.int64)[:, :, None] >> shifts, 15).flatten(1)
 
 
 def _slices(rows: int, width: int) -> list[tuple[int, int]]:
@@ -186,9 +185,7 @@ def _gptq(parts: dict[str, Tensor], bits: int, less: int, act_order: bool) -> Te
     if group.shape != (width,) or bool(((group < 0) | (group >= scales.shape[0])).any()):
         raise ValueError(f"g_idx does not give one of {scales.shape[0]} groups to each of {width} channels")
     if not act_order and not torch.equal(group, _groups(width, scales.shape[0], group.device)):
-        raise ValueError(
-            "g_idx is not trivial and the config says desc_act false: readers would ignore g_idx"
-        )
+        raise ValueError("g_idx is not trivial where the config says desc_act false: readers ignore it")
     weight = torch.empty((out, width), device=words.device)
     turned, scales, zeros = words.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
     for a, b in _slices(out, width):

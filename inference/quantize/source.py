@@ -21,6 +21,7 @@ from errors import InputError, WorkError
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _MAX_JSON = 64 << 20
+_HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class Source:
     ) -> None:
         self.directory = directory
         self.config = config
-        self.skeleton = skeleton
+        self.skeleton: Any = skeleton  # a transformers model, which mypy knows too little of
         self.tokenizer = tokenizer
         self.files = files
         self.list_name, self.modules = _find_blocks(skeleton, config)
@@ -175,9 +176,10 @@ class Source:
         remote = "auto_map" in raw
         if remote and not trust_remote_code:
             model_type = raw.get("model_type")
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+            from transformers.models.auto import configuration_auto
 
-            if model_type not in CONFIG_MAPPING_NAMES:
+            known: Any = configuration_auto
+            if model_type not in known.CONFIG_MAPPING_NAMES:
                 raise InputError(
                     f"the model brings its own code (auto_map): read it, then pass --trust_remote_code to run it"
                 )
@@ -190,7 +192,8 @@ class Source:
         attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
         try:
             with init_empty_weights(include_buffers=False):
-                skeleton = AutoModelForCausalLM.from_config(
+                build: Any = AutoModelForCausalLM.from_config
+                skeleton = build(
                     config,
                     dtype=torch.float32,
                     attn_implementation=attention,
@@ -289,15 +292,26 @@ class Source:
             module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
     def _tied(self, parameter: str) -> str:
-        """The stored name of a parameter; of the input embedding where a tied output head is not stored."""
+        """The stored name of a parameter. Errors: `InputError` for an output head that is nowhere.
+
+        A tied output head is the input embedding; transformers renames others while loading (GPT-NeoX).
+        """
         stored = self.stored_name(parameter)
         if stored in self.files:
             return stored
         head, embedding = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
         names = {id(module): name for name, module in self.skeleton.named_modules()}
-        if head is not None and parameter == f"{names[id(head)]}.weight":
+        if head is None or not parameter.startswith(f"{names[id(head)]}."):
+            return stored
+        leaf = parameter.removeprefix(f"{names[id(head)]}.")
+        for other in _HEAD_NAMES:
+            if f"{other}.{leaf}" in self.files:
+                return f"{other}.{leaf}"
+        if leaf == "weight" and getattr(self.config.get_text_config(), "tie_word_embeddings", False):
             return self.stored_name(f"{names[id(embedding)]}.weight")
-        return stored
+        raise InputError(
+            f"the checkpoint has no {parameter}, and its config does not tie it to the embedding"
+        )
 
     @staticmethod
     def release(module: nn.Module) -> None:

@@ -564,14 +564,11 @@ A causal language model of {parameters:.1f} million parameters ({model_type} arc
 steps on {train_mb:.1f} MB of documentation prose. It exists to try quantization out quickly: it writes words
 and grammar, and knows nothing.
 
-| file | content |
-|---|---|
-| `calibration.txt` | text for calibration, {calibration_kb:.0f} kB |
-| `heldout.txt` | text for measuring, {heldout_kb:.0f} kB |
-
-Both are documents that the model never saw in training, and no paragraph is in two of them. Cross entropy
-on `heldout.txt`: {loss:.4f} nats per token (perplexity {perplexity:.3f}); with the blocks' weights rounded to
-the nearest of 16 levels in groups of 128: {rounded:.4f} ({rounded_perplexity:.3f}).
+`calibration.txt` ({calibration_kb:.0f} kB, for calibration) and `heldout.txt` ({heldout_kb:.0f} kB, for measuring)
+lie in this folder or in the one above. Both are documents that the model never saw in training, and no
+paragraph is in two of them. Cross entropy on `heldout.txt`: {loss:.4f} nats per token (perplexity
+{perplexity:.3f}); with the blocks' weights rounded to the nearest of 16 levels in groups of 128: {rounded:.4f}
+({rounded_perplexity:.3f}).
 
 The text, and so what the model learned from it, is under the licences in `LICENSE`.
 """
@@ -770,6 +767,8 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             build_corpus(Path(folder))
             train(Path(folder), HERE / "model", "tiny")
+        for name in ("calibration.txt", "heldout.txt"):
+            (HERE / "model" / name).replace(HERE / name)  # text of the tool, not a file of the model
     return 0
 
 

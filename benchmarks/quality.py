@@ -1,0 +1,181 @@
+"""Ablation: what each part of the method is worth, as KL divergence on held-out text.
+
+python benchmarks/quality.py MODEL --calib FILE --heldout FILE [FILE ...] [--samples 128 --seq_len 1024]
+    [--bits 4 3 2] [--only NAME ...] [--json OUT]
+
+Everything stays in memory and only the rounding changes between rows; the same windows and the same judge for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
+
+import capture
+import solve
+from calibration import load_windows
+from config import CalibrationConfig
+from folds import find_folds
+from grid import Grid, GridSpec, SearchEffort, minmax_grid
+from moments import SecondMoment
+from solve import BlockChanges, Effort, SolveOptions, solve_block
+from source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row: which method, which options; `minmax` switches the scale search off, `nearest` the compensation."""
+
+    name: str
+    awq: bool
+    symmetric: bool
+    effort: Effort
+    act_order: bool = True
+    damping: float = 0.1
+    minmax: bool = False
+    nearest: bool = False
+
+
+S = SearchEffort(24, 2)
+
+
+def variants() -> list[Variant]:
+    """The table's rows, from plain to all of it."""
+    plain, searched = Effort(S, 0, False), Effort(S, 0, False)
+    rows = []
+    for symmetric, word in ((True, "symmetric"), (False, "asymmetric")):
+        rows += [
+            Variant(f"nearest, min-max, {word}", False, symmetric, plain, minmax=True, nearest=True),
+            Variant(f"nearest, searched, {word}", False, symmetric, plain, nearest=True),
+            Variant(f"GPTQ, min-max, {word}", False, symmetric, plain, minmax=True),
+            Variant(f"GPTQ, searched, no act order, {word}", False, symmetric, searched, act_order=False),
+            Variant(f"GPTQ, searched, {word}", False, symmetric, searched),
+            Variant(f"GPTQ, searched, damping 0.01, {word}", False, symmetric, searched, damping=0.01),
+            Variant(f"GPTQ, searched, damping 0.03, {word}", False, symmetric, searched, damping=0.03),
+            Variant(f"GPTQ + 2 sweeps, {word}", False, symmetric, Effort(S, 2, False)),
+            Variant(f"GPTQ + 2 sweeps with refit, {word}", False, symmetric, Effort(S, 2, True)),
+            Variant(f"GPTQ + 6 sweeps with refit, {word}", False, symmetric, Effort(S, 6, True)),
+            Variant(f"GPTQ + 2 refit, damping 0.03, {word}", False, symmetric, Effort(S, 2, True), damping=0.03),
+            Variant(f"GPTQ + 2 refit, damping 0.3, {word}", False, symmetric, Effort(S, 2, True), damping=0.3),
+        ]
+    rows += [
+        Variant("AWQ scales, GPTQ rounding, asymmetric", True, False, searched),
+        Variant("AWQ scales, GPTQ + 2 refit, asymmetric", True, False, Effort(S, 2, True)),
+        Variant("AWQ scales, GPTQ + 2 refit, damping 0.03", True, False, Effort(S, 2, True), damping=0.03),
+    ]
+    return rows
+
+
+def run(variant: Variant, bits: int, group_size: int, model: Path, windows: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """De-quantized block weights and changed norms by parameter name."""
+    source = Source.open(model)
+    states, calls = capture.embed(source, windows, device, device, torch.float32)
+    batch = capture.MicroBatch(device, states.length, 4096, tokens=16384)
+    options = SolveOptions(
+        bits, group_size, variant.symmetric, variant.act_order, False, variant.damping, variant.effort, 0,
+        (torch.float16,), torch.float32,
+    )
+    result: dict[str, Tensor] = {}
+    search, compensate = solve.search_grid, solve.compensate
+
+    def plain(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> Grid:
+        return minmax_grid(W, spec)
+
+    if variant.minmax:
+        solve.search_grid = plain
+    if variant.nearest:
+        solve.compensate = lambda W, grid, spec, factor: solve.round_to_nearest(W, grid, spec)
+    try:
+        for index, name in enumerate(source.blocks):
+            block = source.modules[index]
+            source.load(block, name, device, torch.float32)
+            groups = capture.distinct_inputs(block, states, calls.kwargs[index])
+            sums = [SecondMoment(block.get_submodule(g[0]).in_features, device) for g in groups]
+            capture.capture(
+                block, states, calls.kwargs[index], groups, batch, lambda i, x, sums=sums: sums[i].add(x)
+            )
+            folds = find_folds(block, source.config) if variant.awq else []
+            for _ in solve_block(block, name, groups, [s.finish() for s in sums], folds, options, BlockChanges()):
+                pass
+            capture.replay(block, name, states, calls.kwargs[index], batch)
+            result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
+            source.release(block)
+    finally:
+        solve.search_grid, solve.compensate = search, compensate
+    return result
+
+
+@torch.no_grad()
+def judge(reference: torch.nn.Module, other: torch.nn.Module, tokens: Tensor) -> tuple[float, float, float]:
+    """KL divergence in nats per token, perplexity of the reference and of the other."""
+    kl = loss_a = loss_b = 0.0
+    for row in tokens.split(4):
+        a = reference(row).logits.float().log_softmax(-1)
+        b = other(row).logits.float().log_softmax(-1)
+        kl += float((a.exp() * (a - b)).sum())
+        target = row[:, 1:, None]
+        loss_a -= float(a[:, :-1].gather(2, target).sum())
+        loss_b -= float(b[:, :-1].gather(2, target).sum())
+    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
+    return kl / tokens.numel(), float(torch.tensor(loss_a / predicted).exp()), float(torch.tensor(loss_b / predicted).exp())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--heldout", required=True, nargs="+")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq_len", type=int, default=1024)
+    parser.add_argument("--heldout_samples", type=int, default=48)
+    parser.add_argument("--group_size", type=int, default=128)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    windows = load_windows(
+        CalibrationConfig(data=args.calib, samples=args.samples, seq_len=args.seq_len), tokenizer, log=say
+    ).tokens
+    texts = [
+        load_windows(CalibrationConfig(data=t, samples=args.heldout_samples, seq_len=512, seed=1), tokenizer, log=say)
+        .tokens.to(device)
+        for t in args.heldout
+    ]
+    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    found = []
+    for variant in variants():
+        if args.only and not any(word in variant.name for word in args.only):
+            continue
+        row: dict[str, object] = {"variant": variant.name}
+        for bits in args.bits:
+            start = time.perf_counter()
+            weights = run(variant, bits, args.group_size, args.model, windows, device)
+            seconds = time.perf_counter() - start
+            other = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+            other.load_state_dict(weights, strict=False)
+            row[f"kl{bits}"] = [round(judge(reference, other, t)[0], 5) for t in texts]
+            row[f"s{bits}"] = round(seconds, 1)
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
