@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -65,8 +66,12 @@ def variants() -> list[Variant]:
             Variant(f"GPTQ + 2 sweeps, {word}", False, symmetric, Effort(S, 2, False)),
             Variant(f"GPTQ + 2 sweeps with refit, {word}", False, symmetric, Effort(S, 2, True)),
             Variant(f"GPTQ + 6 sweeps with refit, {word}", False, symmetric, Effort(S, 6, True)),
-            Variant(f"GPTQ + 2 refit, damping 0.03, {word}", False, symmetric, Effort(S, 2, True), damping=0.03),
-            Variant(f"GPTQ + 2 refit, damping 0.3, {word}", False, symmetric, Effort(S, 2, True), damping=0.3),
+            Variant(
+                f"GPTQ + 2 refit, damping 0.03, {word}", False, symmetric, Effort(S, 2, True), damping=0.03
+            ),
+            Variant(
+                f"GPTQ + 2 refit, damping 0.3, {word}", False, symmetric, Effort(S, 2, True), damping=0.3
+            ),
         ]
     rows += [
         Variant("AWQ scales, GPTQ rounding, asymmetric", True, False, searched),
@@ -76,14 +81,24 @@ def variants() -> list[Variant]:
     return rows
 
 
-def run(variant: Variant, bits: int, group_size: int, model: Path, windows: Tensor, device: torch.device) -> dict[str, Tensor]:
+def run(
+    variant: Variant, bits: int, group_size: int, model: Path, windows: Tensor, device: torch.device
+) -> dict[str, Tensor]:
     """De-quantized block weights and changed norms by parameter name."""
     source = Source.open(model)
     states, calls = capture.embed(source, windows, device, device, torch.float32)
     batch = capture.MicroBatch(device, states.length, 4096, tokens=16384)
     options = SolveOptions(
-        bits, group_size, variant.symmetric, variant.act_order, False, variant.damping, variant.effort, 0,
-        (torch.float16,), torch.float32,
+        bits,
+        group_size,
+        variant.symmetric,
+        variant.act_order,
+        False,
+        variant.damping,
+        variant.effort,
+        0,
+        (torch.float16,),
+        torch.float32,
     )
     result: dict[str, Tensor] = {}
     search, compensate = solve.search_grid, solve.compensate
@@ -105,7 +120,9 @@ def run(variant: Variant, bits: int, group_size: int, model: Path, windows: Tens
                 block, states, calls.kwargs[index], groups, batch, lambda i, x, sums=sums: sums[i].add(x)
             )
             folds = find_folds(block, source.config) if variant.awq else []
-            for _ in solve_block(block, name, groups, [s.finish() for s in sums], folds, options, BlockChanges()):
+            for _ in solve_block(
+                block, name, groups, [s.finish() for s in sums], folds, options, BlockChanges()
+            ):
                 pass
             capture.replay(block, name, states, calls.kwargs[index], batch)
             result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
@@ -127,11 +144,13 @@ def judge(reference: torch.nn.Module, other: torch.nn.Module, tokens: Tensor) ->
         loss_a -= float(a[:, :-1].gather(2, target).sum())
         loss_b -= float(b[:, :-1].gather(2, target).sum())
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    return kl / tokens.numel(), float(torch.tensor(loss_a / predicted).exp()), float(torch.tensor(loss_b / predicted).exp())
+    return kl / tokens.numel(), math.exp(loss_a / predicted), math.exp(loss_b / predicted)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", required=True)
     parser.add_argument("--heldout", required=True, nargs="+")
@@ -152,8 +171,9 @@ def main() -> int:
         CalibrationConfig(data=args.calib, samples=args.samples, seq_len=args.seq_len), tokenizer, log=say
     ).tokens
     texts = [
-        load_windows(CalibrationConfig(data=t, samples=args.heldout_samples, seq_len=512, seed=1), tokenizer, log=say)
-        .tokens.to(device)
+        load_windows(
+            CalibrationConfig(data=t, samples=args.heldout_samples, seq_len=512, seed=1), tokenizer, log=say
+        ).tokens.to(device)
         for t in args.heldout
     ]
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()

@@ -8,7 +8,7 @@ stand-ins, and works for every architecture that calls its blocks one after anot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,7 @@ class _StandIn(nn.Module):
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if len(args) > 1:
             raise InputError("this architecture passes its blocks unnamed arguments: not supported")
-        result = self.__dict__["on_call"](self.__dict__["index"], hidden, kwargs)
-        return result
+        return self.__dict__["on_call"](self.__dict__["index"], hidden, kwargs)
 
 
 @contextmanager
@@ -121,11 +120,8 @@ def embed(
             raise _Stop
 
         batch = tokens[start : start + step].to(device)
-        with _stand_ins(source, catch):
-            try:
-                base(input_ids=batch, use_cache=False)
-            except _Stop:
-                pass
+        with _stand_ins(source, catch), suppress(_Stop):
+            base(input_ids=batch, use_cache=False)
         if states is None:
             states = States((*shape, caught[0].shape[-1]), caught[0].dtype, home, device)
         states.put(start, start + batch.shape[0], caught[0])
@@ -310,7 +306,7 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
                 raise
             torch.cuda.empty_cache()
             continue
-        finite &= torch.isfinite(result.sum())
+        finite &= torch.isfinite(result.sum(dtype=torch.float32))  # a half-precision sum overflows by itself
         states.put(start, stop, result)
         start = stop
     if not bool(finite):

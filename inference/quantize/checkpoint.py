@@ -21,11 +21,12 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import xxhash
-from errors import InputError, WorkError
-from packing import SUFFIXES, unpack
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from errors import InputError, WorkError
+from packing import SUFFIXES, unpack
 
 GIB = 1 << 30
 
@@ -260,8 +261,9 @@ class CheckpointWriter:
 
         `config` becomes config.json; `extra_json` maps plain file names to their contents; `side_files` are
         copied from the source's directory unless one of that name has been written. `layout`, `bits` and
-        `group_size` tell how to unpack what `remember` was given. `accept` is called with the complete, verified directory before
-        it is published, and may raise to prevent that. Errors: `WorkError`, naming tensor or file.
+        `group_size` tell how to unpack what `remember` was given. `accept` is called with the complete,
+        verified directory before it is published, and may raise to prevent that. Errors: `WorkError`, naming
+        tensor or file.
         """
         self._flush()
         if self._pending is not None:

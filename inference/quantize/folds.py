@@ -81,7 +81,8 @@ def find_folds(block: nn.Module, config: Any) -> list[Fold]:
                 taken.add(target)
     if not folds:
         raise InputError(
-            f"AWQ does not know where to put channel scales in {type(block).__name__}: quantize it with gptq_quantize.py"
+            f"AWQ does not know where to put channel scales in {type(block).__name__}: "
+            "quantize it with gptq_quantize.py"
         )
     order = {path: position for position, path in enumerate(modules)}
     return sorted(folds, key=lambda fold: order[fold.targets[0]])

@@ -115,7 +115,7 @@ def descend(
     Each step sets one group's scale, then one integer at a time, to what minimizes the whole quadratic form with
     everything else held; the error never grows. H: the damped second moment (in, in), in the channels' own order.
     """
-    out, width = W.shape
+    width = W.shape[1]
     size = spec.group_size
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     work = W.T.contiguous()

@@ -23,9 +23,10 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
 )
+from torch import Tensor
+
 from errors import InputError
 from grid import Grid
-from torch import Tensor
 
 # The tensors of a linear, by what follows its name; an asymmetric `compressed-tensors` one has all four.
 SUFFIXES: dict[str, tuple[str, ...]] = {

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shlex
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,8 @@ from evaluate import Measured, heldout_windows, measure, sample
 from folds import Fold, find_folds
 from hub import resolve_model
 from moments import SecondMoment
-from solve import EFFORTS, BlockChanges, LayerReport, SolveOptions, Solved, solve_block
-from source import Source
+from solve import EFFORTS, BlockChanges, LayerReport, Solved, SolveOptions, solve_block
+from source import Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
 
@@ -55,7 +58,18 @@ class _Run:
     compute: torch.dtype
     store: torch.dtype
     options: SolveOptions
+    scratch: tempfile.TemporaryDirectory[str] | None  # a converted copy of pickled weights
+    stages: dict[str, float] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time inside to `stages`; device work belongs to the stage that started it."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
 
 def quantize(config: QuantizeConfig, console: Console) -> Result:
@@ -68,6 +82,8 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     if config.eval_data != "off":
         heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
     if run.device.type == "cuda":
+        torch.cuda.set_device(run.device)
+        torch.zeros((), device=run.device)  # the statistics exist once the device is in use
         torch.cuda.reset_peak_memory_stats(run.device)
     with CheckpointWriter(config.target, overwrite=config.may_replace) as writer:
         _blocks(run, windows, writer)
@@ -105,6 +121,10 @@ def _prepare(config: QuantizeConfig, console: Console) -> _Run:
             allow_pickle=config.allow_pickle,
             log=console.note,
         )
+    scratch = None
+    if config.allow_pickle and not any(directory.glob("*.safetensors")):
+        scratch = tempfile.TemporaryDirectory(prefix="llm-quantize-")
+        directory = convert_pickles(directory, Path(scratch.name))
     source = Source.open(directory, trust_remote_code=config.trust_remote_code)
     layout = config.file_layout
     parameters = 0
@@ -153,6 +173,7 @@ def _prepare(config: QuantizeConfig, console: Console) -> _Run:
         torch.float32 if device.type == "cpu" else source.dtype,
         store,
         options,
+        scratch,
     )
 
 
@@ -176,35 +197,43 @@ def _blocks(run: _Run, windows: Windows, writer: CheckpointWriter) -> None:
     source, device = run.source, run.device
     widest = max(max(x.in_features, x.out_features) for x in source.linears(0))
     home = _home(run, windows.tokens)
-    states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
+    with run.stage("embed"):
+        states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
     batch = capture.MicroBatch(device, states.length, widest)
     with run.console.blocks(len(source.blocks)) as progress:
         for index, name in enumerate(source.blocks):
             block = source.modules[index]
             progress.step("load")
-            source.load(block, name, device, run.compute)
+            with run.stage("load"):
+                source.load(block, name, device, run.compute)
             kwargs = calls.kwargs[index]
             groups = capture.distinct_inputs(block, states, kwargs)
             _all_reached(source, index, groups)
             progress.step("capture")
-            moments = _moments(run, block, name, states, kwargs, groups, batch)
+            with run.stage("capture"):
+                moments = _moments(run, block, name, states, kwargs, groups, batch)
             folds: list[Fold] = find_folds(block, source.config) if run.config.method == "awq" else []
             changes = BlockChanges()
-            for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
-                progress.step(f"solved {solved.path}")
-                _write(run, writer, name, solved)
+            with run.stage("solve and write"):
+                for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
+                    progress.step(f"solved {solved.path}")
+                    with run.stage("of which write"):
+                        _write(run, writer, name, solved)
             for parameter in sorted(changes.names):
                 writer.add(
                     source.stored_name(f"{name}.{parameter}"),
                     _stored(run, name, block.get_parameter(parameter)),
                 )
-            _pass_through(run, writer, index, changes)
+            with run.stage("pass through"):
+                _pass_through(run, writer, index, changes)
             if index + 1 < len(source.blocks):
                 progress.step("replay")
-                capture.replay(block, name, states, kwargs, batch)
+                with run.stage("replay"):
+                    capture.replay(block, name, states, kwargs, batch)
             source.release(block)
             progress.advance()
-    _pass_through(run, writer, None, BlockChanges())
+    with run.stage("pass through"):
+        _pass_through(run, writer, None, BlockChanges())
 
 
 def _home(run: _Run, tokens: Tensor) -> torch.device:
@@ -333,6 +362,7 @@ def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) ->
         "seed": config.calibration.seed,
         "calibration": {"tokens": windows.tokens.numel(), "sha256": windows.fingerprint},
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers")},
+        "seconds": {name: round(seconds, 2) for name, seconds in run.stages.items()},
         "layers": [asdict(r) | {"seconds": round(r.seconds, 3)} for r in run.reports],
     }
     measured: list[Measured] = []
@@ -367,7 +397,8 @@ def _within(config: QuantizeConfig, measured: Measured) -> None:
     increase = 100 * (measured.perplexity_quantized / measured.perplexity_source - 1)
     if config.max_ppl_increase is not None and increase > config.max_ppl_increase:
         raise WorkError(
-            f"perplexity rises by {increase:.2f} %, over --max_ppl_increase {config.max_ppl_increase:g}: nothing published"
+            f"perplexity rises by {increase:.2f} %, over --max_ppl_increase {config.max_ppl_increase:g}: "
+            "nothing published"
         )
 
 

@@ -70,7 +70,7 @@ def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Pa
         remedy = (
             "convert it to safetensors first (load it with transformers and save_pretrained)"
             if allow_pickle
-            else "loading a pickle runs code from the file; if you trust it, pass --allow_pickle, or convert it to safetensors"
+            else "a pickle can hold code; if you trust its author pass --allow_pickle, or convert it to safetensors"
         )
         raise InputError(f"{directory} has only pickle weights ({pickles[0]}): {remedy}")
     raise InputError(f"{directory} has no *.safetensors weights")
@@ -93,7 +93,7 @@ def convert_pickles(directory: Path, into: Path) -> Path:
     for number, shard in enumerate(shards):
         try:
             state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # noqa: BLE001 - anything a pickle may raise
+        except Exception as error:
             raise InputError(
                 f"cannot read {shard.name} without running its code: {type(error).__name__}"
             ) from None
@@ -104,8 +104,7 @@ def convert_pickles(directory: Path, into: Path) -> Path:
     (into / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for path in directory.iterdir():
         if path.is_file() and not path.is_symlink() and path.suffix not in _WEIGHT_SUFFIXES:
-            if path.name not in ("pytorch_model.bin.index.json",):
-                (into / path.name).write_bytes(path.read_bytes())
+            (into / path.name).write_bytes(path.read_bytes())
     return into
 
 
@@ -145,7 +144,7 @@ class Linear:
 
 
 class Source:
-    """An opened model. `skeleton` is on the meta device except its buffers; `blocks` are names like `model.layers.0`."""
+    """An opened model. `skeleton`: on the meta device except its buffers; `blocks`: names like `model.layers.0`."""
 
     what = "source model"  # in messages
 
@@ -181,11 +180,11 @@ class Source:
             known: Any = configuration_auto
             if model_type not in known.CONFIG_MAPPING_NAMES:
                 raise InputError(
-                    f"the model brings its own code (auto_map): read it, then pass --trust_remote_code to run it"
+                    "the model brings its own code (auto_map): read it, then pass --trust_remote_code to run it"
                 )
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        except Exception as error:  # noqa: BLE001 - transformers raises many kinds here
+        except Exception as error:
             raise InputError(f"config.json is not usable: {_one_line(error)}") from None
         # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
         text = config.get_text_config()
@@ -205,12 +204,12 @@ class Source:
                     f"{type(config).__name__} is not a causal LM: nothing to quantize here"
                 ) from None
             raise InputError(f"cannot build the model: {_one_line(error)}") from None
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise InputError(f"cannot build the model: {_one_line(error)}") from None
         skeleton.eval()
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise InputError(f"no usable tokenizer in {directory}: {_one_line(error)}") from None
         return cls(directory, config, skeleton, tokenizer, files)
 

@@ -564,11 +564,11 @@ A causal language model of {parameters:.1f} million parameters ({model_type} arc
 steps on {train_mb:.1f} MB of documentation prose. It exists to try quantization out quickly: it writes words
 and grammar, and knows nothing.
 
-`calibration.txt` ({calibration_kb:.0f} kB, for calibration) and `heldout.txt` ({heldout_kb:.0f} kB, for measuring)
-lie in this folder or in the one above. Both are documents that the model never saw in training, and no
-paragraph is in two of them. Cross entropy on `heldout.txt`: {loss:.4f} nats per token (perplexity
-{perplexity:.3f}); with the blocks' weights rounded to the nearest of 16 levels in groups of 128: {rounded:.4f}
-({rounded_perplexity:.3f}).
+`calibration.txt` ({calibration_kb:.0f} kB, for calibration) and `heldout.txt` ({heldout_kb:.0f} kB, for
+measuring) lie in this folder or in the one above. Both are documents that the model never saw in training,
+and no paragraph is in two of them. Cross entropy on `heldout.txt`: {loss:.4f} nats per token (perplexity
+{perplexity:.3f}); with the blocks' weights rounded to the nearest of 16 levels in groups of 128:
+{rounded:.4f} ({rounded_perplexity:.3f}).
 
 The text, and so what the model learned from it, is under the licences in `LICENSE`.
 """
