@@ -83,11 +83,11 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "datasets" if (found["kind"] or "").startswith("datasets") else "models"
         repo = unquote(found["repo"])
         root = self.hub.repos[kind].get(repo)
-        if repo in self.hub.gated:
-            return self._error(401, "GatedRepo", f"Access to {repo} is restricted")
         if root is None:  # what the hub says to whoever is not logged in: the repository may be private
             return self._error(401, "", "Invalid username or password.")
         if match.re is RESOLVE:
+            if repo in self.hub.gated:  # everybody may see what files there are
+                return self._error(401, "GatedRepo", f"Access to {kind[:-1]} {repo} is restricted")
             if not self._known(found["revision"]):
                 return self._error(404, "RevisionNotFound", f"Invalid rev id: {found['revision']}")
             return self._file(root, unquote(found["path"]))

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from hub_server import HubServer
 
 SOURCES = Path(__file__).parents[1] / "inference" / "quantize"
@@ -110,8 +111,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "org/rows": make_rows(root / "rows"),
     }
     server = HubServer(
-        models={"org/tiny": model, "org/pickled": pickled},
-        datasets=datasets,
+        models={"org/tiny": model, "org/pickled": pickled, "org/gated": model},
+        datasets={**datasets, "org/gated": datasets["org/rows"]},
         gated=("org/gated",),
     )
     with server:
@@ -173,7 +174,8 @@ def make_c4(path: Path) -> Path:
         with gzip.open(path / f"en/c4-train.0000{shard}-of-00003.json.gz", "wt") as file:
             file.write("\n".join(records) + "\n")
     (path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/c4-train.*.json.gz\n---\n"
+        "---\nconfigs:\n- config_name: en\n  data_files:\n"
+        "  - split: train\n    path: en/c4-train.*.json.gz\n---\n"
     )
     return path
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -102,8 +101,9 @@ def load_windows(config: CalibrationConfig, tokenizer: Any, *, log: Callable[[st
     stream: list[int] = []
     documents: set[int] = set()
     for batch in _batches(pool):
-        documents.update(item.document for item in batch)
-        stream += itertools.chain.from_iterable(text.tokenize(batch))
+        for document, ids in text.tokenize(batch):
+            documents.add(document)
+            stream += ids
         if len(stream) >= needed:
             break
     text.report(log)
@@ -221,14 +221,16 @@ class _Text:
                     )
                 yield Item(document, sum(len(str(m.get("content"))) for m in messages), messages)
 
-    def tokenize(self, batch: list[Item]) -> list[list[int]]:
-        """Token ids of each item, closed by the separator."""
+    def tokenize(self, batch: list[Item]) -> Iterator[tuple[int, list[int]]]:
+        """Document and token ids of each item, closed by the separator; none of a conversation refused."""
         texts = [
             self._render(item.content) if isinstance(item.content, list) else item.content for item in batch
         ]
-        encoded = self._encode([text for text in texts if text])
-        # A chat template may have closed the conversation itself, with a line end behind.
-        return [ids if set(self.separator) & set(ids[-2:]) else ids + self.separator for ids in encoded]
+        kept = [(item.document, text) for item, text in zip(batch, texts, strict=True) if text]
+        for (document, _), ids in zip(kept, self._encode([text for _, text in kept]), strict=True):
+            # A chat template may have closed the conversation itself, with a line end behind.
+            closed = set(self.separator) & set(ids[-2:])
+            yield document, ids if closed else ids + self.separator
 
     def report(self, log: Callable[[str], None]) -> None:
         """Tells of conversations that the template refused. Raises InputError where it was all of them."""

@@ -135,7 +135,10 @@ def hub_reason(error: BaseException, kind: str, repo: str, revision: str | None 
             raise WorkError(
                 f"cannot store {repo} under {constants.HF_HOME}: {e.strerror}: set HF_HOME elsewhere"
             )
-    if first(errors.GatedRepoError):
+    # `datasets` keeps of a gated repository no more than this word.
+    if first(errors.GatedRepoError) or (
+        type(error).__name__ == "DatasetNotFoundError" and "gated" in str(error)
+    ):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
         return f"{repo} is gated: accept its conditions at {page}, then {login}"
     if first(errors.RevisionNotFoundError):

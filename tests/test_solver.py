@@ -1,0 +1,398 @@
+"""GPTQ's recursion against a plain float64 one, its factor, coordinate descent, AWQ's scales, whole blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernels
+from awq_search import candidate, choose_scales, scaled_factor
+from folds import Fold
+from gptq_solver import (
+    Factor,
+    NotFactorizable,
+    activation_order,
+    compensate,
+    condition,
+    descend,
+    factorize,
+    output_error,
+)
+from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, minmax_grid, round_to_nearest, search_grid
+from models import second_moment, weights
+from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+
+
+def plain_gptq(W: Tensor, grid: Grid, spec: GridSpec, H: Tensor, order: list[int]) -> Tensor:
+    """One column after another, from the inverse itself, in float64: eq. 2 and 3 of the paper."""
+    W, H = W.double().clone(), H.double()
+    inverse = torch.linalg.inv(H[order][:, order])
+    q = torch.zeros(W.shape, dtype=torch.uint8)
+    for step, column in enumerate(order):
+        s = grid.scale[:, column // spec.group_size].double()
+        z = grid.zero[:, column // spec.group_size].double()
+        integer = (torch.round(W[:, column] / s) + z).clamp(0, spec.levels)
+        q[:, column] = integer.to(torch.uint8)
+        error = (W[:, column] - (integer - z) * s) / inverse[0, 0]
+        for place, other in enumerate(order[step + 1 :], 1):
+            W[:, other] -= error * inverse[0, place]
+        inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+    return q
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(
+    ("width", "group", "bits", "symmetric"),
+    [(32, 32, 4, True), (96, 32, 2, False), (160, 160, 3, True), (200, 40, 4, False), (384, 128, 8, True)],
+)
+def test_compensate_is_gptq(width: int, group: int, bits: int, symmetric: bool, act_order: bool) -> None:
+    W, H = weights(24, width), second_moment(width, 4 * width)
+    spec = GridSpec(bits, group, symmetric)
+    grid = minmax_grid(W, spec)
+    factor = factorize(H, 0.05, act_order=act_order)
+    damped = condition(H, 0.05)
+    found = compensate(W, grid, spec, factor)
+    expected = plain_gptq(W, grid, spec, damped, factor.order.tolist())
+    assert found.dtype == torch.uint8
+    # float32 may fall on the other side of a tie, after which that row goes its own way.
+    same = (found == expected).all(1)
+    assert float(same.float().mean()) >= 0.8
+    ours, theirs = (output_error(W, dequantize(q, grid, group), damped) for q in (found, expected))
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours < output_error(W, dequantize(round_to_nearest(W, grid, spec), grid, group), damped)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_identity_gives_rounding_to_nearest(act_order: bool) -> None:
+    W = weights(40, 160)
+    spec = GridSpec(3, 32, False)
+    grid = minmax_grid(W, spec)
+    q = compensate(W, grid, spec, factorize(torch.eye(160), 0.1, act_order=act_order))
+    assert torch.equal(q, round_to_nearest(W, grid, spec))
+    descended, after = descend(W, q, grid, spec, torch.eye(160), sweeps=2, refit=False)
+    assert torch.equal(descended, q)
+    assert torch.equal(after.scale, grid.scale)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("width", [48, 700])
+def test_factor(width: int, act_order: bool) -> None:
+    H = second_moment(width, 3 * width)
+    factor = factorize(H, 0.01, act_order=act_order)
+    assert factor.damping == 0.01
+    assert torch.equal(factor.R, factor.R.triu())
+    assert bool((factor.R.diagonal() > 0).all())
+    if act_order:
+        diagonal = H.diagonal()[factor.order]
+        assert bool((diagonal[:-1] >= diagonal[1:]).all())
+    assert sorted(factor.order.tolist()) == list(range(width))
+    damped = condition(H, 0.01).double()[factor.order][:, factor.order]
+    R = factor.R.double()
+    torch.testing.assert_close(R.T @ R @ damped, torch.eye(width, dtype=torch.float64), rtol=0, atol=2e-3)
+
+
+def test_condition() -> None:
+    H = torch.diag(torch.tensor([1.0, 0.0, 3.0, 4.0]))
+    assert condition(H, 0.5).diagonal().tolist() == [2.0, 3.0, 4.0, 5.0]  # mean 2: floored to 2, plus 1
+    assert H[1, 1] == 0
+    assert condition(torch.zeros(3, 3), 0.1).diagonal().tolist() == pytest.approx([1.1] * 3)
+    assert activation_order(torch.diag(torch.tensor([1.0, 5.0, 1.0, 5.0]))).tolist() == [1, 3, 0, 2]
+
+
+def test_dead_channels() -> None:
+    H = second_moment(64, 256)
+    dead = [3, 17, 63]
+    H[dead] = 0
+    H[:, dead] = 0
+    W = weights(16, 64)
+    spec = GridSpec(4, 32, True)
+    grid = minmax_grid(W, spec)
+    q = compensate(W, grid, spec, factorize(H, 0.1, act_order=True))
+    assert torch.equal(q[:, dead], round_to_nearest(W, grid, spec)[:, dead])
+
+
+def test_singular_needs_damping() -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    H = x.T @ x / 8
+    raised = factorize(H, 0.0, act_order=False)
+    assert raised.damping >= 1e-3
+    kept = factorize(H, 0.1, act_order=False)
+    assert kept.damping == 0.1
+    R = kept.R.double()
+    torch.testing.assert_close(
+        R.T @ R @ condition(H, 0.1).double(), torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-3
+    )
+
+
+def test_indefinite_raises_damping_step_by_step() -> None:
+    H = torch.eye(32)
+    H[0, 1] = H[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
+    factor = factorize(H, 0.01, act_order=True)
+    assert factor.damping == pytest.approx(1.0)
+    H[0, 1] = H[1, 0] = 100.0
+    with pytest.raises(NotFactorizable):
+        factorize(H, 0.01, act_order=True)
+
+
+@pytest.mark.parametrize("where", [(2, 2), (3, 9)])
+def test_nan_has_no_factor(where: tuple[int, int]) -> None:
+    H = second_moment(32, 128)
+    H[where] = H[where[::-1]] = float("nan")
+    with pytest.raises(NotFactorizable):
+        factorize(H, 0.1, act_order=False)
+
+
+def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
+    """The quadratic form of each row, float64."""
+    E = (W - V).double()
+    return ((E @ H.double()) * E).sum(1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize(
+    ("width", "group"), [(64, 32), (256, 128), (320, 160), (384, 192), (200, 200), (512, 256)]
+)
+def test_descend_never_grows(width: int, group: int, refit: bool, symmetric: bool) -> None:
+    W, H = weights(20, width), condition(second_moment(width, 3 * width), 0.05)
+    spec = GridSpec(3, group, symmetric, scale_dtypes=(torch.bfloat16, torch.float16))
+    grid = search_grid(W, metric_blocks(H, group), spec)
+    q = compensate(W, grid, spec, factorize(H, 0.0, act_order=True))
+    before = quadratic(W, dequantize(q, grid, group), H)
+    scale = grid.scale.clone()
+    for _ in range(3):
+        q, grid = descend(W, q, grid, spec, H, sweeps=1, refit=refit)
+        after = quadratic(W, dequantize(q, grid, group), H)
+        assert bool((after <= before * (1 + 1e-5)).all())
+        before = after
+    assert int(q.max()) <= 7
+    for dtype in spec.scale_dtypes:
+        assert torch.equal(grid.scale.to(dtype).float(), grid.scale)
+    if not refit:
+        assert torch.equal(grid.scale, scale)
+
+
+def test_descend_improves_and_ends_where_no_single_step_helps() -> None:
+    W, H = weights(30, 6), condition(second_moment(6, 40), 0.01)
+    spec = GridSpec(2, 6, False)
+    grid = minmax_grid(W, spec)
+    q = round_to_nearest(W, grid, spec)
+    start = quadratic(W, dequantize(q, grid, 6), H)
+    found, _ = descend(W, q, grid, spec, H, sweeps=20, refit=False)
+    end = quadratic(W, dequantize(found, grid, 6), H)
+    every = torch.tensor(list(itertools.product(range(4), repeat=6)), dtype=torch.uint8)
+    best = torch.stack(
+        [
+            quadratic(
+                W[row].expand(len(every), -1),
+                (every.float() - grid.zero[row]) * grid.scale[row],
+                H,
+            ).min()
+            for row in range(30)
+        ]
+    )
+    assert bool((end >= best * (1 - 1e-6)).all())
+    assert float((end - best).sum()) < 0.5 * float((start - best).sum())
+    for row in range(30):
+        for column in range(6):
+            for value in range(4):
+                other = found[row : row + 1].clone()
+                other[0, column] = value
+                assert quadratic(W[row : row + 1], dequantize(other, one(grid, row), 6), H) >= end[row] * (1 - 1e-5)
+
+
+def one(grid: Grid, row: int) -> Grid:
+    return Grid(grid.scale[row : row + 1], grid.zero[row : row + 1])
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_scaled_factor_is_a_fresh_one(act_order: bool) -> None:
+    H = condition(second_moment(96, 300), 0.05)
+    factor = factorize(H, 0.0, act_order=act_order)
+    scale = torch.exp(torch.randn(96, generator=torch.Generator().manual_seed(2)) * 0.5)
+    found = scaled_factor(factor, scale)
+    fresh = factorize((H / (scale[:, None] * scale))[factor.order][:, factor.order], 0.0, act_order=False)
+    torch.testing.assert_close(found.R, fresh.R, rtol=2e-3, atol=2e-4)
+    assert torch.equal(found.order, factor.order)
+
+
+def test_output_error_is_that_of_outputs() -> None:
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    W, V = weights(5, 12, 1), weights(5, 12, 2)
+    expected = ((x @ (W - V).T) ** 2).sum() / ((x @ W.T) ** 2).sum()
+    assert output_error(W, V, x.T @ x / 50) == pytest.approx(float(expected), rel=1e-5)
+    assert output_error(torch.zeros(5, 12), torch.zeros(5, 12), torch.eye(12)) == 0.0
+
+
+# -- AWQ
+
+
+def test_candidates() -> None:
+    H = torch.diag(torch.tensor([1.0, 4.0, 9.0, 16.0]))
+    rows = torch.tensor([0, 0, 2, 3])
+    assert candidate(H, rows, 5, 0.0).tolist() == [1.0] * 5
+    found = candidate(H, rows, 5, 1.0)
+    rms = torch.tensor([2.5**0.5, 1.0, 3.0, 4.0, 1.0])
+    middle = (4.0 * 2.5**0.5) ** 0.5
+    used = torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(found[used], rms[used] / middle)
+    assert found[~used].tolist() == [1.0, 1.0]
+
+
+def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
+    """The losses are those of really scaling, searching, compensating; no scaling is among them."""
+    W, H = weights(60, 64), condition(second_moment(64, 256), 0.05)
+    factor = factorize(H, 0.0, act_order=True)
+    spec, effort = GridSpec(3, 32, False), SearchEffort(8, 1)
+    chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
+    assert chosen.losses[0] >= min(chosen.losses)
+    for exponent, loss in zip((0.0, 0.3, 0.6), (chosen.losses[i] for i in (0, 3, 6)), strict=True):
+        s = candidate(H, torch.arange(64), 64, exponent)
+        scaled = H / (s[:, None] * s)
+        grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)
+        q = compensate(W * s, grid, spec, scaled_factor(factor, s))
+        again = float(quadratic(W * s, dequantize(q, grid, 32), scaled).sum())
+        assert loss == pytest.approx(again, rel=0.01)
+
+
+# -- a block
+
+
+class Block(nn.Module):
+    """Two linears behind one norm, and one that the second feeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.a = nn.Linear(64, 64)
+        self.b = nn.Linear(64, 64)
+        self.c = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        result: Tensor = self.c(torch.sigmoid(self.a(x)) * self.b(x))
+        return result
+
+
+FOLDS = [Fold("norm", ("a", "b"), torch.arange(64)), Fold("b", ("c",), torch.arange(64))]
+
+
+def options(**more: object) -> SolveOptions:
+    values: dict[str, object] = {
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": False,
+        "act_order": True,
+        "dynamic_groups": False,
+        "damping": 0.05,
+        "effort": EFFORTS["default"],
+        "zero_min": 0,
+        "scale_dtypes": (torch.float16,),
+        "store": torch.float16,
+    }
+    return SolveOptions(**(values | more))  # type: ignore[arg-type]
+
+
+def calibrated() -> tuple[Block, Tensor, list[Tensor | None]]:
+    torch.manual_seed(0)
+    block = Block()
+    with torch.no_grad():
+        block.norm.weight.copy_(torch.exp(torch.randn(64)))
+        block.norm.bias.normal_(std=0.3)
+        x = torch.randn(600, 64)
+        n = block.norm(x)
+        m = torch.sigmoid(block.a(n)) * block.b(n)
+    return block, x, [n.T @ n / 600, m.T @ m / 600]
+
+
+@pytest.mark.parametrize("folds", [[], FOLDS], ids=["gptq", "awq"])
+@pytest.mark.parametrize("quality", ["fast", "default", "best"])
+def test_solve_block(quality: str, folds: list[Fold]) -> None:
+    block, x, moments = calibrated()
+    before = block(x).detach()
+    plain = Block()
+    plain.load_state_dict(block.state_dict())
+    spec = GridSpec(4, 32, False)
+    with torch.no_grad():
+        for linear in (plain.a, plain.b, plain.c):
+            grid = minmax_grid(linear.weight, spec)
+            linear.weight.copy_(dequantize(round_to_nearest(linear.weight, grid, spec), grid, 32))
+        changes = BlockChanges()
+        solved = list(
+            solve_block(block, "m.0", [["a", "b"], ["c"]], moments, folds, options(effort=EFFORTS[quality]), changes)
+        )
+        after, rtn = block(x), plain(x)
+    assert {s.path for s in solved} == {"a", "b", "c"}
+    for s in solved:
+        assert torch.equal(block.get_submodule(s.path).weight, dequantize(s.q, s.grid, 32))
+        assert s.report.name == f"m.0.{s.path}"
+        assert s.report.fallback is None
+        assert 0 < s.report.error < 0.02
+    assert (after - before).pow(2).mean() < 0.8 * (rtn - before).pow(2).mean()
+    assert moments == [None, None]
+    if not folds:
+        assert not changes.names
+
+
+def test_dynamic_groups_follow_the_order() -> None:
+    block, x, moments = calibrated()
+    H = moments[1]
+    assert H is not None
+    order = activation_order(H)
+    W = block.c.weight.detach().clone()
+    with torch.no_grad():
+        solved = {
+            s.path: s
+            for s in solve_block(
+                block, "m", [["a", "b"], ["c"]], moments, [], options(dynamic_groups=True), BlockChanges()
+            )
+        }
+    c = solved["c"]
+    assert c.g_idx is not None
+    assert c.g_idx.dtype == torch.int32
+    assert torch.equal(c.g_idx[order], torch.arange(64, dtype=torch.int32) // 32)
+    V = (c.q.float() - c.grid.zero[:, c.g_idx.long()]) * c.grid.scale[:, c.g_idx.long()]
+    assert torch.equal(block.c.weight, V)
+    assert output_error(W, V, H) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["missing", "nan", "indefinite"])
+def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
+    block, _, moments = calibrated()
+    H = moments[1]
+    assert H is not None
+    if kind == "missing":
+        moments[1] = None
+    elif kind == "nan":
+        H[3, 4] = H[4, 3] = float("nan")
+    else:
+        H[0, 1] = H[1, 0] = 1e6
+    W = block.c.weight.detach().clone()
+    spec = GridSpec(4, 32, False)
+    with torch.no_grad():
+        solved = list(
+            solve_block(block, "m", [["a", "b"], ["c"]], moments, FOLDS, options(), BlockChanges())
+        )
+    c = next(s for s in solved if s.path == "c")
+    assert c.report.fallback is not None
+    assert "rounded to nearest" in c.report.fallback
+    assert c.report.exponent is None
+    V = dequantize(c.q, c.grid, 32)
+    assert torch.equal(block.c.weight, V)
+    plain = minmax_grid(W, spec)
+    assert (W - V).pow(2).sum() <= 1.05 * (
+        W - dequantize(round_to_nearest(W, plain, spec), plain, 32)
+    ).pow(2).sum()
+    assert c.report.error < 0.02  # a number, and a small one
+    assert all(s.report.fallback is None for s in solved if s.path != "c")
+
+
+def test_columns_twin_is_what_runs_here() -> None:
+    assert not kernels.on_triton(torch.zeros(1))
+    factor = Factor(torch.eye(2), torch.arange(2), 0.0)
+    W = torch.tensor([[0.4, -0.6]])
+    grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
+    assert compensate(W, grid, GridSpec(2, 2, True), factor).tolist() == [[3, 1]]
