@@ -5,7 +5,8 @@
 
 Every repository has one commit, `main`. Those named in `gated` refuse as the hub does to whoever has not
 accepted their conditions, unknown ones as it does to whoever has not logged in; `requests` lists what was
-asked for."""
+asked for.
+"""
 
 from __future__ import annotations
 

@@ -271,6 +271,16 @@ def test_fewer_windows_than_asked_for_are_warned_of(tmp_path: Path, tokenizer: A
     assert str(windows) == f"2 x 8 = 16 tokens from 1 document of {tmp_path}/a.txt"
 
 
+def test_tokens_of_any_length_fill_the_windows(tmp_path: Path, tokenizer: Any) -> None:
+    # A hundred characters a token, so that the text first drawn holds too few.
+    data = write_lines(
+        tmp_path / "a.jsonl", [{"text": f"w{i}{' ' * 97} w{i + 1}"} for i in range(0, 2000, 2)]
+    )
+    windows, log = load(data, tokenizer, samples=64)
+    assert windows.tokens.shape == (64, 8)
+    assert log == []
+
+
 def test_tokenizing_is_quiet(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,16 @@ from gptq_solver import (
     factorize,
     output_error,
 )
-from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, minmax_grid, round_to_nearest, search_grid
+from grid import (
+    Grid,
+    GridSpec,
+    SearchEffort,
+    dequantize,
+    metric_blocks,
+    minmax_grid,
+    round_to_nearest,
+    search_grid,
+)
 from models import second_moment, weights
 from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
 
@@ -201,7 +210,9 @@ def test_descend_improves_and_ends_where_no_single_step_helps() -> None:
             for value in range(4):
                 other = found[row : row + 1].clone()
                 other[0, column] = value
-                assert quadratic(W[row : row + 1], dequantize(other, one(grid, row), 6), H) >= end[row] * (1 - 1e-5)
+                assert quadratic(W[row : row + 1], dequantize(other, one(grid, row), 6), H) >= end[row] * (
+                    1 - 1e-5
+                )
 
 
 def one(grid: Grid, row: int) -> Grid:
@@ -322,7 +333,9 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
             linear.weight.copy_(dequantize(round_to_nearest(linear.weight, grid, spec), grid, 32))
         changes = BlockChanges()
         solved = list(
-            solve_block(block, "m.0", [["a", "b"], ["c"]], moments, folds, options(effort=EFFORTS[quality]), changes)
+            solve_block(
+                block, "m.0", [["a", "b"], ["c"]], moments, folds, options(effort=EFFORTS[quality]), changes
+            )
         )
         after, rtn = block(x), plain(x)
     assert {s.path for s in solved} == {"a", "b", "c"}
@@ -338,7 +351,7 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
 
 
 def test_dynamic_groups_follow_the_order() -> None:
-    block, x, moments = calibrated()
+    block, _, moments = calibrated()
     H = moments[1]
     assert H is not None
     order = activation_order(H)
@@ -373,9 +386,7 @@ def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
     W = block.c.weight.detach().clone()
     spec = GridSpec(4, 32, False)
     with torch.no_grad():
-        solved = list(
-            solve_block(block, "m", [["a", "b"], ["c"]], moments, FOLDS, options(), BlockChanges())
-        )
+        solved = list(solve_block(block, "m", [["a", "b"], ["c"]], moments, FOLDS, options(), BlockChanges()))
     c = next(s for s in solved if s.path == "c")
     assert c.report.fallback is not None
     assert "rounded to nearest" in c.report.fallback
@@ -383,9 +394,9 @@ def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
     V = dequantize(c.q, c.grid, 32)
     assert torch.equal(block.c.weight, V)
     plain = minmax_grid(W, spec)
-    assert (W - V).pow(2).sum() <= 1.05 * (
-        W - dequantize(round_to_nearest(W, plain, spec), plain, 32)
-    ).pow(2).sum()
+    assert (W - V).pow(2).sum() <= 1.05 * (W - dequantize(round_to_nearest(W, plain, spec), plain, 32)).pow(
+        2
+    ).sum()
     assert c.report.error < 0.02  # a number, and a small one
     assert all(s.report.fallback is None for s in solved if s.path != "c")
 

@@ -91,21 +91,18 @@ def load_windows(config: CalibrationConfig, tokenizer: Any, *, log: Callable[[st
     head = text.bos[: config.seq_len - 1]
     body = config.seq_len - len(head)  # tokens of text in a window
     needed = config.samples * body
-    with corpus.reading(source):
-        items = text.items(
-            table.documents(column), PIECE * CHARS_PER_TOKEN * config.seq_len, single=table.single
-        )
-        budget = POOL * CHARS_PER_TOKEN * needed
-        # Reading a stream costs network: it ends when the pool is full, other sources are read to their end.
-        pool = draw(_first(items, budget) if table.streamed else items, budget, config.seed)
-    stream: list[int] = []
-    documents: set[int] = set()
-    for batch in _batches(pool):
-        for document, ids in text.tokenize(batch):
-            documents.add(document)
-            stream += ids
-        if len(stream) >= needed:
+    budget = POOL * CHARS_PER_TOKEN * needed
+    while True:
+        with corpus.reading(source):
+            items = text.items(
+                table.documents(column), PIECE * CHARS_PER_TOKEN * config.seq_len, single=table.single
+            )
+            # Reading a stream costs network: it ends when the pool is full. Others are read to their end.
+            pool = draw(_first(items, budget) if table.streamed else items, budget, config.seed)
+        documents, stream = text.join(pool, needed)
+        if len(stream) >= needed or sum(item.size for item in pool) < budget:
             break
+        budget *= 4  # text of very long tokens: the pool held too few, the source may hold more
     text.report(log)
 
     count = min(len(stream) // body, config.samples)
@@ -119,22 +116,11 @@ def load_windows(config: CalibrationConfig, tokenizer: Any, *, log: Callable[[st
             f"calibration: {where} has only {len(stream):,} tokens: {count} windows of {config.seq_len} "
             f"instead of the {config.samples} asked for"
         )
-    return _cut(stream, head, count, body, len(documents), config, where)
 
-
-def _cut(
-    stream: list[int],
-    head: list[int],
-    count: int,
-    body: int,
-    documents: int,
-    config: CalibrationConfig,
-    where: str,
-) -> Windows:
     import torch
 
     tokens = torch.tensor(stream[: count * body], dtype=torch.int64).view(count, body)
-    tokens = torch.cat([torch.tensor(head, dtype=torch.int64).expand(count, -1), tokens], dim=1).contiguous()
+    tokens = torch.cat([torch.tensor(head, dtype=torch.int64).expand(count, -1), tokens], dim=1)
     digest = hashlib.sha256(f"{tuple(tokens.shape)}".encode() + tokens.numpy().astype("<i8").tobytes())
     return Windows(tokens, documents, len(stream), config.samples, where, digest.hexdigest())
 
@@ -220,6 +206,20 @@ class _Text:
                         "choose a text column with --calib_column"
                     )
                 yield Item(document, sum(len(str(m.get("content"))) for m in messages), messages)
+
+    def join(self, items: Iterable[Item], needed: int) -> tuple[int, list[int]]:
+        """Token ids of the items one after the other, at least `needed` where they give as many, and the number
+        of documents that they come from."""
+        self.refused, self.rendered = [], 0
+        documents: set[int] = set()
+        stream: list[int] = []
+        for batch in _batches(items):
+            for document, ids in self.tokenize(batch):
+                documents.add(document)
+                stream += ids
+            if len(stream) >= needed:
+                break
+        return len(documents), stream
 
     def tokenize(self, batch: list[Item]) -> Iterator[tuple[int, list[int]]]:
         """Document and token ids of each item, closed by the separator; none of a conversation refused."""

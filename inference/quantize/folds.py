@@ -7,6 +7,7 @@ or the rows of an earlier linear where nothing but a product lies between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +81,17 @@ def find_folds(block: nn.Module, config: Any) -> list[Fold]:
                 folds.append(Fold(source, (target,), rows))
                 taken.add(target)
     if not folds:
-        raise InputError(
-            f"AWQ does not know where to put channel scales in {type(block).__name__}: "
-            "quantize it with gptq_quantize.py"
-        )
+        raise unknown(block)
     order = {path: position for position, path in enumerate(modules)}
     return sorted(folds, key=lambda fold: order[fold.targets[0]])
+
+
+def unknown(block: nn.Module) -> InputError:
+    """The refusal of an architecture without folds."""
+    return InputError(
+        f"AWQ does not know where to put channel scales in {type(block).__name__}: "
+        "quantize it with gptq_quantize.py"
+    )
 
 
 def _attention_rows(
@@ -169,3 +175,47 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) 
     if isinstance(bias, Tensor):
         bias.copy_((bias.float() / actual).to(dtype))
     return Folded(actual, None, (f"{fold.source}.weight", *bias_name))
+
+
+@torch.no_grad()
+def exact_folds(
+    block: nn.Module, folds: list[Fold], hidden: Tensor, forward: Callable[[Tensor], Tensor]
+) -> list[Fold]:
+    """Those of `folds` that leave what the block makes of `hidden` as it is; the block itself stays unchanged.
+
+    Names alone do not tell: a norm may be called like one before the linears and stand behind them, and something
+    that is not linear may lie between two linears. Each fold is tried with powers of two, which cost no digit but
+    in a norm that adds an offset; they make activations smaller, so that nothing overflows.
+    """
+    plain = forward(hidden).float()
+    # Beside what the block adds, not beside the states, which may be far larger.
+    allowed = max(0.01, 4 * torch.finfo(hidden.dtype).eps) * float((plain - hidden.float()).abs().mean())
+
+    def holds(tried: list[Fold]) -> bool:
+        names = {
+            f"{path}.{leaf}" for f in tried for path in (f.source, *f.targets) for leaf in ("weight", "bias")
+        }
+        saved = {n: p.detach().clone() for n, p in block.named_parameters() if n in names}
+        try:
+            for fold in tried:
+                _apply_in_place(block, fold)
+            return float((forward(hidden).float() - plain).abs().mean()) <= allowed
+        finally:
+            for name, value in saved.items():
+                block.get_parameter(name).copy_(value)
+
+    return folds if holds(folds) else [fold for fold in folds if holds([fold])]
+
+
+def _apply_in_place(block: nn.Module, fold: Fold) -> None:
+    source, first = block.get_submodule(fold.source), block.get_submodule(fold.targets[0])
+    assert isinstance(first, nn.Linear)
+    count = source.out_features if isinstance(source, nn.Linear) else first.in_features
+    scale = torch.exp2((torch.arange(count, device=first.weight.device) % 4).float())
+    folded = apply_fold(block, fold, scale, first.weight.dtype)
+    if isinstance(source, nn.Linear) and folded.rows is not None:
+        source.weight.div_(folded.rows[:, None])
+    for path in fold.targets:
+        target = block.get_submodule(path)
+        assert isinstance(target, nn.Linear)
+        target.weight.mul_(folded.channels)

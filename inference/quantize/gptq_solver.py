@@ -122,9 +122,14 @@ def descend(
     integers = q.T.contiguous()
     value = (integers.to(torch.float32) - zero.repeat_interleave(size, 0)) * scale.repeat_interleave(size, 0)
     gradient = H @ (work - value)  # (in, out)
+    # A piece never crosses a group's border: its columns share one scale.
+    pieces = [
+        (start, min(start + COLUMNS, first + size))
+        for first in range(0, width, size)
+        for start in range(first, first + size, COLUMNS)
+    ]
     for _ in range(sweeps):
-        for start in range(0, width, min(size, COLUMNS)):
-            stop = min(start + min(size, COLUMNS), width)
+        for start, stop in pieces:
             index = start // size
             block = H[start:stop, start:stop]
             before = value[start:stop].clone()

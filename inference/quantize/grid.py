@@ -131,10 +131,14 @@ class SearchEffort:
 
 
 def _shrinks(bits: int, count: int) -> list[float]:
-    """Factors on the spanning scale, from a little above it to where clipping no longer pays."""
+    """Factors (`count`, 4 or more) on the spanning scale, from a little above it to where clipping no longer pays.
+
+    The first two are those of `minmax_grid`, symmetric and not, so that the search is never worse.
+    """
     low = {2: 0.30, 3: 0.45, 4: 0.55}.get(bits, 0.80)
     high = 1.06
-    return [high - (high - low) * i / (count - 1) for i in range(count)]
+    swept = [high - (high - low) * i / (count - 3) for i in range(count - 2)]
+    return [2.0**bits / (2.0**bits - 1), 1.0, *swept]
 
 
 class _Best:
@@ -205,7 +209,7 @@ def search_grid(
     """The grid with the smallest error of rounding to nearest under the metric blocks `M`.
 
     W: float32 (out, in); M: from `metric_blocks`. Rows are worked on in slices of about `budget` elements.
-    Never worse than `minmax_grid` by that measure, since the sweep holds its scale.
+    Never worse than `minmax_grid` by that measure (but for a last bit), since the sweep holds its scale.
     """
     out, width = W.shape
     grouped = W.reshape(out, -1, spec.group_size)

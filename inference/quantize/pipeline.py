@@ -25,7 +25,7 @@ from config import EMBEDDED_MODEL, QuantizeConfig
 from console import Console, duration
 from errors import InputError, WorkError
 from evaluate import Measured, heldout_windows, measure, sample
-from folds import Fold, find_folds
+from folds import Fold, exact_folds, find_folds, unknown
 from hub import resolve_model
 from moments import SecondMoment
 from solve import EFFORTS, BlockChanges, LayerReport, Solved, SolveOptions, solve_block
@@ -212,7 +212,7 @@ def _blocks(run: _Run, windows: Windows, writer: CheckpointWriter) -> None:
             progress.step("capture")
             with run.stage("capture"):
                 moments = _moments(run, block, name, states, kwargs, groups, batch)
-            folds: list[Fold] = find_folds(block, source.config) if run.config.method == "awq" else []
+            folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
             changes = BlockChanges()
             with run.stage("solve and write"):
                 for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
@@ -251,6 +251,19 @@ def _all_reached(source: Source, index: int, groups: list[list[str]]) -> None:
     missed = [linear.name for linear in source.linears(index) if linear.path not in reached]
     if missed:
         raise WorkError(f"{missed[0]} is never used in the forward pass: this architecture is not supported")
+
+
+def _folds(run: _Run, index: int, states: capture.States, kwargs: dict[str, Any]) -> list[Fold]:
+    """The folds of block `index` that hold for what it computes. Errors: `InputError` where the first has none."""
+    block = run.source.modules[index]
+    named = find_folds(block, run.source.config)
+    folds = exact_folds(block, named, states.get(0, 1), lambda hidden: capture.forward(block, hidden, kwargs))
+    if index == 0 and not folds:
+        raise unknown(block)
+    if index == 0 and len(folds) < len(named):
+        without = ", ".join(t for fold in named if fold not in folds for t in fold.targets)
+        run.console.warn(f"{type(block).__name__}: no channel scales fit {without}; rounded without them")
+    return folds
 
 
 def _moments(

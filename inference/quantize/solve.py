@@ -175,9 +175,9 @@ class _Problem:
         try:
             factor = factorize(H, options.damping, act_order=options.act_order)
         except NotFactorizable:
-            return cls(
-                condition(H, 1.0), None, 1.0, dead, "rounded to nearest: second moment cannot be factorized"
-            )
+            # Not even its diagonal blocks can be trusted: it may be indefinite, or hold NaN.
+            plain = torch.eye(width, device=device)
+            return cls(plain, None, 0.0, dead, "rounded to nearest: second moment cannot be factorized")
         return cls(condition(H, factor.damping), factor, factor.damping, dead, None)
 
     def scale(self, channels: Tensor) -> None:
