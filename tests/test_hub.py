@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ import pytest
 from hub_server import HubServer
 
 SOURCES = Path(__file__).parents[1] / "inference" / "quantize"
+EMBEDDED = SOURCES / "embedded" / "model"
 
 # Carries out calls, each a function of this script and its arguments; answers with their values or errors.
 CHILD = """
@@ -73,6 +75,7 @@ class Hub:
     server: HubServer
     home: Path  # HF_HOME of the processes that share a cache
     model: Path
+    tokenizer: Path
 
     def run(self, calls: list[tuple[Any, ...]], **environment: str) -> list[dict[str, Any]]:
         """Carries out `calls`, each (function, argument, options), in a process of its own."""
@@ -83,7 +86,7 @@ class Hub:
             if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
         }
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(self.model)],
+            [sys.executable, "-c", CHILD, str(self.tokenizer)],
             input=json.dumps([(name, [argument], options) for name, argument, options in calls]),
             env={**kept, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", **settings},
             capture_output=True,
@@ -116,30 +119,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         gated=("org/gated",),
     )
     with server:
-        yield Hub(server, root / "home", model)
+        yield Hub(server, root / "home", model, make_tokenizer(root / "tokenizer"))
 
 
 def make_model(path: Path) -> Path:
-    """A random Qwen2 of two layers with a tokenizer of 1000 words, and files beside it that stay behind."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    vocabulary = {token: i for i, token in enumerate(["<eos>", "=", *(f"w{i}" for i in range(1000))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="="))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=1002,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    """The embedded model, and files beside it that stay behind."""
+    shutil.copytree(EMBEDDED, path)
     (path / "original").mkdir()
     for name in (
         "modeling_tiny.py",
@@ -149,6 +134,19 @@ def make_model(path: Path) -> Path:
         "original/a.json",
     ):
         (path / name).write_text("{}")
+    return path
+
+
+def make_tokenizer(path: Path) -> Path:
+    """A tokenizer of a thousand words, w0 to w999."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "=", *(f"w{i}" for i in range(1000))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="="))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
     return path
 
 
@@ -199,13 +197,7 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-MODEL_FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+MODEL_FILES = {p.name for p in EMBEDDED.iterdir()} - {"README.md"}
 Calls = dict[str, tuple[str, str, dict[str, Any]]]
 ONLINE: Calls = {
     "model": ("model", "org/tiny", {}),

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from errors import InputError, WorkError
 
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# Heads of other tasks, whose weights transformers would put under a language model's head without a word.
+_OTHER_HEADS = re.compile(
+    r"For(MaskedLM|PreTraining|NextSentencePrediction|MultipleChoice|QuestionAnswering|\w*Classification)$"
+)
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _MAX_JSON = 64 << 20
 _HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
@@ -123,6 +127,9 @@ def examine_config(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{directory} is already quantized ({method}): give the FP16/BF16 model it was made from"
         )
+    names = config.get("architectures")
+    if isinstance(names, list) and names and all(_OTHER_HEADS.search(str(name)) for name in names):
+        raise InputError(f"{names[0]} is not a causal LM: nothing to quantize here")
     for key in _MOE_HINTS:
         value = config.get(key)
         if isinstance(value, int) and value > 1:
@@ -160,7 +167,7 @@ class Source:
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
         self._handles: dict[Path, Any] = {}
         self._prefix = self._name_shift()
-        self.dtype = self.read(f"{self.linears(0)[0].name}.weight").dtype
+        self.dtype = self.read(self.stored_name(f"{self.linears(0)[0].name}.weight")).dtype
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise InputError(f"weights are {self.dtype}: give a model in FP16, BF16 or FP32")
 
@@ -211,6 +218,9 @@ class Source:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise InputError(f"no usable tokenizer in {directory}: {_one_line(error)}") from None
+        # Without its files some classes come up empty instead of failing.
+        if not set(tokenizer("some text")["input_ids"]) - set(tokenizer.all_special_ids):
+            raise InputError(f"no usable tokenizer in {directory}: copy its files there (tokenizer.json)")
         return cls(directory, config, skeleton, tokenizer, files)
 
     # -- structure

@@ -1,0 +1,89 @@
+"""Fixtures for whole runs of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import awq_quantize
+import gptq_quantize
+from models import FAMILIES, write
+
+MAIN: dict[str, Callable[[list[str]], int]] = {"awq": awq_quantize.main, "gptq": gptq_quantize.main}
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that published `path`. `weights`: what the solver put into the block, float32, by full name."""
+
+    path: Path
+    method: str
+    weights: dict[str, Tensor] = field(repr=False)
+
+
+class Runs:
+    """Runs the commands in this process, each combination of arguments once a session."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._done: dict[tuple[Any, ...], Finished] = {}
+
+    def __call__(self, method: str, *words: str, again: bool = False) -> Finished:
+        """`again`: another run of the same arguments, into another directory."""
+        key = (method, words, again)
+        if key not in self._done:
+            self._done[key] = self._run(method, list(words))
+        return self._done[key]
+
+    def _run(self, method: str, words: list[str]) -> Finished:
+        import pipeline
+
+        path = self.root / f"run-{len(self._done)}"
+        weights: dict[str, Tensor] = {}
+        real = pipeline.solve_block
+
+        def spied(block: torch.nn.Module, name: str, *args: Any) -> Iterator[Any]:
+            for solved in real(block, name, *args):
+                weight = block.get_submodule(solved.path).weight
+                assert isinstance(weight, Tensor)
+                weights[f"{name}.{solved.path}.weight"] = weight.detach().clone()
+                yield solved
+
+        defaults = {
+            "--calib_samples": "16",
+            "--calib_seq_len": "128",
+            "--eval_data": "off",
+            "--device": "cpu",
+            "--output_path": str(path),
+        }
+        rest = [w for flag, value in defaults.items() if flag not in words for w in (flag, value)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "solve_block", spied)
+            assert MAIN[method]([*words, *rest]) == 0
+        return Finished(path, method, weights)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a random model of a family, made once; not to be changed."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def find(family: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (family, dtype) not in made:
+            made[family, dtype] = write(
+                tmp_path_factory.mktemp(family) / "model", FAMILIES[family](), dtype=dtype
+            )
+        return made[family, dtype]
+
+    return find

@@ -1,0 +1,439 @@
+"""Both commands from end to end on small models: what is published, how good it is, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import awq_quantize
+import gptq_quantize
+import pipeline
+from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from conftest import MAIN, Finished, Runs
+from evaluate import Measured, measure
+from models import CPU, FAMILIES, write
+from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
+from source import Source
+
+TEXT = ("--calib_data", str(EMBEDDED_CALIBRATION))
+
+# method, arguments, layout, bits, symmetric, group size
+COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
+    ("awq", "", "awq", 4, False, 128),
+    ("awq", "--zero_point false", "awq", 4, True, 128),
+    ("awq", "--group_size 32", "awq", 4, False, 32),
+    ("awq", "--group_size -1", "awq", 4, False, -1),
+    ("awq", "--format compressed-tensors", "compressed-tensors", 4, False, 128),
+    ("awq", "--format compressed-tensors --zero_point false", "compressed-tensors", 4, True, 128),
+    ("awq", "--bits 8", "compressed-tensors", 8, False, 128),
+    ("awq", "--bits 8 --zero_point no --group_size -1", "compressed-tensors", 8, True, -1),
+    ("awq", "--bits 8 --format gptq --group_size 32", "gptq", 8, False, 32),
+    ("gptq", "", "gptq", 4, True, 128),
+    ("gptq", "--desc_act false", "gptq", 4, True, 128),
+    ("gptq", "--group_size 32", "gptq", 4, True, 32),
+    ("gptq", "--group_size -1", "gptq", 4, True, -1),
+    ("gptq", "--group_size 256 --quality best", "gptq", 4, True, 256),
+    ("gptq", "--sym false", "compressed-tensors", 4, False, 128),
+    ("gptq", "--sym false --format gptq", "gptq", 4, False, 128),
+    ("gptq", "--sym false --format awq", "awq", 4, False, 128),
+    ("gptq", "--format compressed-tensors", "compressed-tensors", 4, True, 128),
+    ("gptq", "--bits 8", "gptq", 8, True, 128),
+    ("gptq", "--bits 8 --sym false", "compressed-tensors", 8, False, 128),
+    ("gptq", "--bits 3", "compressed-tensors", 3, True, 128),
+    ("gptq", "--bits 3 --format gptq --sym false --group_size 64", "gptq", 3, False, 64),
+    ("gptq", "--bits 2 --group_size 32", "compressed-tensors", 2, True, 32),
+    ("gptq", "--bits 2 --format gptq --group_size -1", "gptq", 2, True, -1),
+    ("gptq", "--act_order_groups dynamic", "gptq", 4, True, 128),
+    ("gptq", "--act_order_groups dynamic --bits 3 --sym false --group_size 32", "gptq", 3, False, 32),
+    ("gptq", "--act_order_groups dynamic --group_size -1 --quality fast", "gptq", 4, True, -1),
+]
+# Relative error of the weights themselves: a bound that a wrong group, zero point or order breaks by far.
+CLOSE = {2: 0.65, 3: 0.35, 4: 0.18, 8: 0.02}
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "layout", "bits", "symmetric", "group"),
+    COMBINATIONS,
+    ids=[f"{c[0]} {c[1]}".strip() for c in COMBINATIONS],
+)
+def test_published(
+    method: str, words: str, layout: str, bits: int, symmetric: bool, group: int, runs: Runs
+) -> None:
+    run = runs(method, *words.split())
+    settings = json.loads((run.path / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == layout
+    dynamic = "dynamic" in words
+    if layout == "compressed-tensors":
+        weights = settings["config_groups"]["group_0"]["weights"]
+        assert (weights["num_bits"], weights["symmetric"]) == (bits, symmetric)
+        assert weights["strategy"] == ("channel" if group == -1 else "group")
+        assert group == -1 or weights["group_size"] == group
+    else:
+        assert (settings["bits"], settings["group_size"]) == (bits, group)
+    if layout == "awq":
+        assert settings["zero_point"] is True
+        assert settings["version"] == "gemm"
+    if layout == "gptq":
+        assert (settings["sym"], settings["desc_act"]) == (symmetric, dynamic)
+        assert json.loads((run.path / "quantize_config.json").read_text()) == settings
+    assert (run.path / "quantize_config.json").exists() == (layout == "gptq")
+    layers, _ = read_layers(run.path)
+    assert len(layers) == 4 * 7
+    width = {name: layer.q.shape[1] for name, layer in layers.items()}
+    for name, layer in layers.items():
+        assert layer.scales.shape[1] == (1 if group == -1 else width[name] // group)
+        assert bool((layer.zeros == 2 ** (bits - 1)).all()) == symmetric
+        trivial = bool(
+            (layer.group == [i // (width[name] if group == -1 else group) for i in range(width[name])]).all()
+        )
+        assert trivial == (not dynamic or group == -1)
+    unchanged(run, EMBEDDED_MODEL, torch.float16, CLOSE[bits])
+    sides(run.path, EMBEDDED_MODEL)
+
+
+def unchanged(run: Finished, source: Path, dtype: torch.dtype, close: float) -> None:
+    """The files hold what the solver put into the block; what is not quantized is as it was, but for folds."""
+    found = dequantize_directory(run.path)
+    before, _ = read_tensors(source)
+    _, dtypes = read_tensors(run.path)
+    assert set(found) == set(before)
+    assert set(run.weights) <= set(found)
+    for name, tensor in before.items():
+        now = torch.from_numpy(found[name])
+        if name in run.weights:
+            assert torch.equal(now, run.weights[name]), name
+            if run.method == "gptq":
+                was = torch.from_numpy(tensor)
+                assert 0 < float((now - was).norm() / was.norm()) < close, name
+            continue
+        assert dtypes[name] == dtype, name
+        folded = run.method == "awq" and ".layers." in name and ("norm" in name or name.endswith("bias"))
+        if not folded:
+            assert torch.equal(now, torch.from_numpy(tensor).to(dtype).float()), name
+
+
+def sides(path: Path, source: Path) -> None:
+    """Every other file of the source is there, byte for byte, and no other but those that belong."""
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and file.name not in ("config.json", "model.safetensors.index.json"):
+            assert (path / file.name).read_bytes() == file.read_bytes()
+    own = {"config.json", "quantize_config.json", "quantization_report.json", "model.safetensors"}
+    assert {p.name for p in path.iterdir()} <= own | {p.name for p in source.iterdir()}
+    config, before = (json.loads((p / "config.json").read_text()) for p in (path, source))
+    assert {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")} == {
+        k: v for k, v in before.items() if k not in ("dtype", "_name_or_path")
+    }
+
+
+def test_report(runs: Runs) -> None:
+    report = json.loads((runs("awq").path / "quantization_report.json").read_text())
+    assert report["calibration"]["tokens"] == 16 * 128
+    assert len(report["layers"]) == 28
+    for layer in report["layers"]:
+        assert 0 < layer["error"] < 0.05
+        assert layer["fallback"] is None
+        assert layer["dead"] == 0
+    assert any(layer["exponent"] for layer in report["layers"])
+    report = json.loads((runs("gptq").path / "quantization_report.json").read_text())
+    assert all(layer["exponent"] is None for layer in report["layers"])
+
+
+# -- families
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families(family: str, method: str, saved: Callable[..., Path], runs: Runs) -> None:
+    """BF16 stays BF16, and the result computes nearly what the source does."""
+    source = saved(family, torch.bfloat16)
+    run = runs(method, "--model_path", str(source), "--group_size", "32", "--bits", "8", *TEXT)
+    assert json.loads((run.path / "config.json").read_text())["dtype"] == "bfloat16"
+    unchanged(run, source, torch.bfloat16, CLOSE[8])
+    sides(run.path, source)
+    if method == "awq":
+        report = json.loads((run.path / "quantization_report.json").read_text())
+        assert any(layer["exponent"] for layer in report["layers"])
+    ids = torch.randint(3, 2048, (4, 64), generator=torch.Generator().manual_seed(5))
+    measured = measure(Source.open(source), run.path, ids, CPU)
+    assert measured.kl < 0.02
+    assert measured.agreement > 0.9
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float32, "float16"), (torch.float16, "float16")])
+def test_stored_dtype(dtype: torch.dtype, stored: str, saved: Callable[..., Path], runs: Runs) -> None:
+    source = saved("qwen2", dtype)
+    run = runs("gptq", "--model_path", str(source), "--group_size", "32", *TEXT)
+    config = json.loads((run.path / "config.json").read_text())
+    assert config["dtype"] == stored
+    unchanged(run, source, torch.float16, CLOSE[4])
+
+
+def test_shards_and_pickles(tmp_path: Path, runs: Runs) -> None:
+    """However the source is cut up, the result is the same."""
+    source = write(tmp_path / "whole", FAMILIES["llama"](), dtype=torch.bfloat16)
+    sharded = write(tmp_path / "sharded", FAMILIES["llama"](), dtype=torch.bfloat16, shard="200KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    pickled = Path(shutil.copytree(source, tmp_path / "pickled"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    results = [
+        dequantize_directory(
+            runs("gptq", "--model_path", str(path), "--group_size", "32", "--allow_pickle", *TEXT).path
+        )
+        for path in (source, sharded, pickled)
+    ]
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        assert all((other[name] == results[0][name]).all() for name in other)
+
+
+# -- quality
+
+
+@pytest.fixture(scope="session")
+def compare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Measured]:
+    """A checkpoint of the embedded model against it, on held-out text."""
+    source = Source.open(EMBEDDED_MODEL)
+    ids = source.tokenizer(EMBEDDED_HELDOUT.read_text(encoding="utf-8"))["input_ids"]
+    windows = torch.tensor(ids[: 24 * 256]).reshape(24, 256)
+    known: dict[Path, Measured] = {}
+
+    def find(path: Path) -> Measured:
+        if path not in known:
+            known[path] = measure(source, path, windows, CPU)
+        return known[path]
+
+    return find
+
+
+MORE = ("--calib_samples", "64", "--calib_seq_len", "256")
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "layout", "bits", "symmetric", "share"),
+    [
+        ("gptq", "", "gptq", 4, True, 0.6),
+        ("awq", "", "awq", 4, False, 0.6),
+        ("awq", "--zero_point false", "awq", 4, True, 0.6),
+        ("gptq", "--sym false", "compressed-tensors", 4, False, 0.6),
+        ("gptq", "--bits 3", "compressed-tensors", 3, True, 0.4),
+        ("gptq", "--bits 2", "compressed-tensors", 2, True, 0.2),
+        ("gptq", "--bits 8", "gptq", 8, True, 0.8),
+        ("gptq", "--act_order_groups dynamic", "gptq", 4, True, 0.6),
+    ],
+)
+def test_beats_rounding_to_nearest(
+    method: str, words: str, layout: str, bits: int, symmetric: bool, share: float, runs: Runs,
+    compare: Callable[[Path], Measured], tmp_path: Path,
+) -> None:  # fmt: skip
+    run = runs(method, *words.split(), *MORE)
+    write_rtn_checkpoint(EMBEDDED_MODEL, tmp_path / "rtn", layout, bits, 128, symmetric)
+    ours, plain = compare(run.path), compare(tmp_path / "rtn")
+    print(f"{method} {words}: {ours.kl:.5f} against {plain.kl:.5f}, {ours.kl / plain.kl:.3f}")
+    assert ours.kl < share * plain.kl
+    assert ours.agreement >= plain.agreement
+    if bits >= 4:
+        assert ours.perplexity_quantized < 1.05 * ours.perplexity_source
+
+
+def test_quality_buys_something(runs: Runs, compare: Callable[[Path], Measured]) -> None:
+    fast, default = (compare(runs("gptq", *words, *MORE).path).kl for words in (["--quality", "fast"], []))
+    assert default < fast
+
+
+def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Path], Measured]) -> None:
+    """The independent reader, and the model whole: the same perplexity."""
+    run = runs("awq", *MORE)
+    source = Source.open(EMBEDDED_MODEL)
+    ids = source.tokenizer(EMBEDDED_HELDOUT.read_text(encoding="utf-8"))["input_ids"]
+    windows = torch.tensor(ids[: 24 * 256]).reshape(24, 256)
+    with torch.no_grad():
+        logits: Any = plain_model(run.path)(input_ids=windows)
+    log = logits.logits[:, :-1].double().log_softmax(-1)
+    loss = -log.gather(2, windows[:, 1:, None]).mean()
+    assert compare(run.path).perplexity_quantized == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+# -- again, and not at all
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file; of the report all but what time took."""
+    found = {p.name: p.read_bytes() for p in path.iterdir()}
+    report = json.loads(found.pop("quantization_report.json"))
+    report.pop("seconds")
+    for layer in report["layers"]:
+        layer.pop("seconds")
+    return found | {"report": json.dumps(report).encode()}
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_same_seed_same_bytes(method: str, runs: Runs) -> None:
+    assert contents(runs(method).path) == contents(runs(method, again=True).path)
+    other = contents(runs(method, "--seed", "7").path)
+    assert other["model.safetensors"] != contents(runs(method).path)["model.safetensors"]
+    assert other["tokenizer.json"] == contents(runs(method).path)["tokenizer.json"]
+
+
+QUICK = ["--calib_samples", "4", "--calib_seq_len", "64", "--eval_data", "off", "--device", "cpu"]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error, the last on stderr."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_existing_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    words = [*QUICK, "--output_path", str(target)]
+    assert gptq_quantize.main(words) == 0
+    before = contents(target)
+    (target / "mark").write_text("old")
+    assert awq_quantize.main(words) == 2
+    assert f"{target} exists: use --overwrite" in said(capsys)
+    assert {k: v for k, v in contents(target).items() if k != "mark"} == before
+    assert awq_quantize.main([*words, "--overwrite"]) == 0
+    assert not (target / "mark").exists()
+    assert json.loads((target / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def broken(directory: Path, value: float) -> Path:
+    """A model whose last linear is not finite."""
+    write(directory, FAMILIES["llama"]())
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_failure_leaves_nothing(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = broken(tmp_path / "model", float("nan"))
+    target = tmp_path / "new" / "deeper" / "out"
+    words = ["--model_path", str(source), "--output_path", str(target), "--group_size", "32", *TEXT, *QUICK]
+    assert MAIN[method](words) == 1
+    assert "model.layers.1.mlp.down_proj.weight has NaN or infinite weights" in said(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 1), (OSError("bad"), 1)]
+)
+def test_interruption_leaves_the_old_one(
+    error: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs
+) -> None:
+    target = tmp_path / "out"
+    shutil.copytree(runs("gptq").path, target)
+    before = contents(target)
+    real, count = pipeline.solve_block, [0]
+
+    def failing(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == 3:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(pipeline, "solve_block", failing)
+    assert gptq_quantize.main([*QUICK, "--output_path", str(target), "--overwrite"]) == code
+    assert contents(target) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--max_kl", "0"], "over --max_kl 0"), (["--max_ppl_increase", "0"], "nothing published")],
+)
+def test_limits(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    more = ["--calib_samples", "4", "--calib_seq_len", "64", "--eval_samples", "4", "--device", "cpu"]
+    assert gptq_quantize.main([*more, "--bits", "2", *words, "--output_path", str(target)]) == 1
+    assert message in said(capsys)
+    assert not list(tmp_path.iterdir())
+    assert gptq_quantize.main([*more, "--max_kl", "5", "--output_path", str(target)]) == 0
+    out = capsys.readouterr().out
+    for row in (
+        "perplexity",
+        "KL divergence",
+        "sample: This module provides",
+        f"serve: ./run_vllm.sh {target}",
+    ):
+        assert row in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_no_gpu(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert awq_quantize.main(["--device", device, "--output_path", str(tmp_path / "out")]) == 2
+    assert f"--device {device}: no GPU that PyTorch can use" in said(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refused_early(
+    tmp_path: Path, saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any work, one line each, exit code 2, nothing left."""
+    from transformers import GPTJConfig
+
+    source = saved("llama")
+    other = write(
+        tmp_path / "gptj",
+        GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_inner=96, vocab_size=2048),
+    )
+    for words, message in (
+        (["--model_path", str(source), "--group_size", "64"], r"mlp.down_proj has 96 input channels"),
+        (["--model_path", str(source), "--group_size", "32", "--calib_seq_len", "512"], "at most 256"),
+        (["--model_path", str(tmp_path / "none")], "none"),
+        (["--model_path", str(other), "--group_size", "32"], "GPTJBlock: quantize it with gptq_quantize.py"),
+        (["--group_size", "48"], "--group_size 48"),
+    ):
+        quick = [*words, *TEXT, "--eval_data", "off", "--output_path", str(tmp_path / "out")]
+        try:
+            code = awq_quantize.main(quick)
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        assert code == 2, words
+        assert message in said(capsys)
+        assert not (tmp_path / "out").exists()
+
+
+def test_unknown_architecture_works_with_gptq(tmp_path: Path, runs: Runs) -> None:
+    from transformers import GPTJConfig
+
+    config = GPTJConfig(
+        n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_inner=96, vocab_size=2048, n_positions=256
+    )
+    source = write(tmp_path / "gptj", config)
+    run = runs("gptq", "--model_path", str(source), "--group_size", "32", *TEXT)
+    unchanged(run, source, torch.float16, CLOSE[4])
+
+
+def test_folds_that_do_not_hold_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: Runs
+) -> None:
+    """OLMo 2 has its norms behind attention and MLP: what the names promise does not hold."""
+    from transformers import Olmo2Config
+
+    config = Olmo2Config(
+        vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.15, pad_token_id=0, max_position_embeddings=256,
+    )  # fmt: skip
+    source = write(tmp_path / "olmo", config)
+    run = runs("awq", "--model_path", str(source), "--group_size", "32", *TEXT)
+    warned = capsys.readouterr().err
+    assert "Olmo2DecoderLayer: no channel scales fit mlp.gate_proj, mlp.up_proj" in " ".join(warned.split())
+    ids = torch.randint(3, 2048, (4, 64), generator=torch.Generator().manual_seed(5))
+    gptq = runs("gptq", "--sym", "false", "--model_path", str(source), "--group_size", "32", *TEXT)
+    ours, other = (measure(Source.open(source), r.path, ids, CPU).kl for r in (run, gptq))
+    assert ours < 1.3 * other

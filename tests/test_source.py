@@ -1,0 +1,437 @@
+"""Models opened from disk: what streams through block by block is what transformers computes; refusals."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+    T5Config,
+)
+
+import capture
+from capture import MicroBatch
+from config import EMBEDDED_MODEL
+from errors import InputError, WorkError
+from models import CPU, FAMILIES, VOCABULARY, tokens, write
+from source import Source, convert_pickles, examine_config, read_json, tensor_files
+
+Edit = Callable[[dict[str, torch.Tensor]], object]
+
+
+@pytest.fixture
+def copied(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a family's directory, to break."""
+
+    def copy(family: str) -> Path:
+        return Path(shutil.copytree(saved(family), tmp_path / "copy"))
+
+    return copy
+
+
+@torch.no_grad()
+def streamed(source: Source, ids: torch.Tensor, windows: int = 2) -> torch.Tensor:
+    """Logits, a block at a time, `windows` windows at a time."""
+    states, calls = capture.embed(source, ids, CPU, CPU, torch.float32)
+    batch = MicroBatch(CPU, ids.shape[1], 1, tokens=windows * ids.shape[1])
+    for index, name in enumerate(source.blocks):
+        source.load(source.modules[index], name, CPU, torch.float32)
+        capture.replay(source.modules[index], name, states, calls.kwargs[index], batch)
+        source.release(source.modules[index])
+    with capture.head(source, CPU, torch.float32) as logits:
+        result = logits(states.get(0, len(states)))
+    assert all(p.is_meta for p in source.skeleton.parameters())
+    return result
+
+
+@torch.no_grad()
+def whole(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    result: torch.Tensor = model(input_ids=ids).logits
+    return result
+
+
+def agree(source: Source, directory: Path) -> None:
+    ids = tokens(5)
+    expected = whole(directory, ids)
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(streamed(source, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_streamed_is_whole(family: str, saved: Callable[[str], Path]) -> None:
+    directory = saved(family)
+    source = Source.open(directory)
+    assert len(source.blocks) == 2
+    assert source.dtype == torch.float32
+    linears = source.linears(0)
+    assert all(linear.name == f"{source.blocks[0]}.{linear.path}" for linear in linears)
+    inside = {f"{x.name}.weight" for i in range(2) for x in source.linears(i)}
+    assert set(source.outside()) == set(source.files) - inside
+    assert not any("proj" in n or "dense" in n for n in source.outside() if n.endswith("weight"))
+    agree(source, directory)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_or_not(family: str, tied: bool, tmp_path: Path) -> None:
+    config = FAMILIES[family]()
+    config.tie_word_embeddings = tied
+    directory = write(tmp_path / "m", config)
+    source = Source.open(directory)
+    assert ("lm_head.weight" in source.files) is not tied
+    agree(source, directory)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shards_and_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    directory = write(tmp_path / "m", FAMILIES["qwen3"](), dtype=dtype, shard="200KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    source = Source.open(directory)
+    assert source.dtype == dtype
+    agree(source, directory)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
+def test_names_without_the_base_models_prefix(family: str, tmp_path: Path) -> None:
+    """As the base model alone saves them."""
+    config = FAMILIES[family]()
+    config.tie_word_embeddings = True
+    directory = write(tmp_path / "m", config)
+    load: Any = AutoModel.from_pretrained
+    load(directory).save_pretrained(directory)
+    (directory / "config.json").write_text(config.to_json_string())
+    source = Source.open(directory)
+    assert all(name.startswith(("layers.", "embed", "norm", "final")) for name in source.files)
+    name = source.linears(1)[0].name
+    assert source.stored_name(name) == name.partition(".")[2]
+    agree(source, directory)
+
+
+def test_embedded_model_opens() -> None:
+    source = Source.open(EMBEDDED_MODEL)
+    assert source.dtype == torch.float16
+    assert {p.name for p in source.side_files()} >= {"tokenizer.json", "generation_config.json", "LICENSE"}
+    assert not any(p.suffix == ".safetensors" or p.name == "config.json" for p in source.side_files())
+    ids = torch.tensor([source.tokenizer("This module provides a class")["input_ids"]])
+    torch.testing.assert_close(streamed(source, ids), whole(EMBEDDED_MODEL, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_distinct_inputs(saved: Callable[[str], Path]) -> None:
+    source = Source.open(saved("gemma2"))
+    states, calls = capture.embed(source, tokens(2), CPU, CPU, torch.float32)
+    source.load(source.modules[1], source.blocks[1], CPU, torch.float32)
+    found = capture.distinct_inputs(source.modules[1], states, calls.kwargs[1])
+    assert [sorted(p.rpartition(".")[2] for p in group) for group in found] == [
+        ["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
+    ]  # fmt: skip
+
+
+def test_capture_sees_every_window_once(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where memory runs out in the middle of a block: no group sees a window twice."""
+    source = Source.open(saved("llama"))
+    states, calls = capture.embed(source, tokens(7), CPU, CPU, torch.float32)
+    block = source.modules[0]
+    source.load(block, source.blocks[0], CPU, torch.float32)
+    groups = capture.distinct_inputs(block, states, calls.kwargs[0])
+
+    def run(windows: int) -> list[torch.Tensor]:
+        seen: list[list[torch.Tensor]] = [[] for _ in groups]
+        batch = MicroBatch(CPU, states.length, 1, tokens=windows * states.length)
+        capture.capture(
+            block,
+            states,
+            calls.kwargs[0],
+            groups,
+            batch,
+            lambda i, x: seen[i].append(x.flatten(0, -2).clone()),
+        )
+        return [torch.cat(parts) for parts in seen]
+
+    plain = run(3)
+    assert all(x.shape[0] == 7 * 24 for x in plain)
+    real, calls_made = torch.nn.functional.silu, [0]
+
+    def scarce(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls_made[0] += 1
+        if x.shape[0] > 2:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(block.get_submodule("mlp.act_fn"), "forward", scarce)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for got, expected in zip(run(4), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert calls_made[0] > 4
+
+
+def test_states_that_overflow(saved: Callable[[str], Path]) -> None:
+    source = Source.open(saved("llama"))
+    states, calls = capture.embed(source, tokens(2), CPU, CPU, torch.float32)
+    block = source.modules[0]
+    source.load(block, source.blocks[0], CPU, torch.float32)
+    with torch.no_grad():
+        block.get_submodule("mlp.down_proj").weight.fill_(1e38)
+    with pytest.raises(WorkError, match=r"states after model\.layers\.0 are not finite") as caught:
+        capture.replay(block, source.blocks[0], states, calls.kwargs[0], MicroBatch(CPU, 24, 1))
+    one_line(caught.value)
+
+
+# -- refusals
+
+
+def one_line(error: BaseException) -> None:
+    assert "\n" not in str(error)
+    assert str(error)
+
+
+def change(directory: Path, edit: Edit) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(directory: Path, **values: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | values))
+
+
+def refused(directory: Path, words: str, kind: type[Exception] = InputError) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        Source.open(directory)
+    assert type(caught.value) is kind
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        ("T5ForConditionalGeneration", T5Config(), "T5Config is not a causal LM"),
+        ("BertForMaskedLM", BertConfig(), "BertForMaskedLM is not a causal LM"),
+        (
+            "Qwen2ForSequenceClassification",
+            FAMILIES["qwen2"](),
+            "Qwen2ForSequenceClassification is not a causal LM",
+        ),
+        ("MixtralForCausalLM", MixtralConfig(), "MixtralForCausalLM is a mixture of 8 experts"),
+        ("Qwen3MoeForCausalLM", Qwen3MoeConfig(), "Qwen3MoeForCausalLM is a mixture of 128 experts"),
+    ],
+)
+def test_what_is_not_a_dense_causal_lm(
+    architecture: str, config: PretrainedConfig, words: str, copied: Callable[[str], Path]
+) -> None:
+    directory = copied("llama")
+    config.architectures = [architecture]
+    (directory / "config.json").write_text(config.to_json_string())
+    refused(directory, words)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\).*FP16/BF16"),
+        ({"quantization_config": {}}, r"already quantized \(an unnamed method\)"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"already quantized \(awq\)"),
+        ({"model_type": "no_such_type"}, r"config\.json is not usable"),
+        ({"model_type": "other", "auto_map": {"AutoConfig": "c.C"}}, "own code.*--trust_remote_code"),
+        ({"num_hidden_layers": 3, "layer_types": None}, None),
+        ({"hidden_size": "wide"}, r"config\.json is not usable"),
+    ],
+)
+def test_configs(values: dict[str, Any], words: str | None, copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    configure(directory, **values)
+    if words is not None:
+        return refused(directory, words)
+    source = Source.open(directory)  # told when the block is reached
+    with pytest.raises(WorkError, match=r"no tensor model\.layers\.2\..*download"):
+        source.load(source.modules[2], source.blocks[2], CPU, torch.float32)
+    return None
+
+
+def test_no_config(copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    (directory / "config.json").write_text("{not json")
+    refused(directory, r"cannot read config\.json: JSONDecodeError")
+    (directory / "config.json").write_text("[1]")
+    refused(directory, r"config\.json holds no JSON object")
+    (directory / "config.json").write_bytes(b"\xff\xfe\x00")
+    refused(directory, r"cannot read config\.json")
+    (directory / "config.json").write_text("[" * 100_000)
+    refused(directory, r"cannot read config\.json: RecursionError")
+    (directory / "config.json").unlink()
+    refused(directory, r"has no config\.json: give a Hugging Face model directory")
+
+
+def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(InputError, match="larger than 64 MiB"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_neox"])
+def test_no_tokenizer(family: str, copied: Callable[[str], Path]) -> None:
+    directory = copied(family)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").unlink()
+    refused(directory, f"no usable tokenizer in {directory}")
+
+
+def test_no_weights(copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    refused(directory, "no .*safetensors weights")
+    torch.save(tensors, directory / "pytorch_model.bin")
+    refused(directory, r"only pickle weights \(pytorch_model\.bin\).*--allow_pickle")
+
+
+def test_pickles_converted(
+    saved: Callable[[str], Path], copied: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = copied("llama")
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(dict(list(tensors.items())[::2]), directory / "pytorch_model-1.bin")
+    torch.save(dict(list(tensors.items())[1::2]), directory / "pytorch_model-2.bin")
+    source = Source.open(convert_pickles(directory, tmp_path / "converted"))
+    agree(source, saved("llama"))
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("/nowhere/reached"),))
+
+
+def test_pickle_that_holds_code_is_not_run(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = copied("llama")
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Harmful()}))
+    with pytest.raises(
+        InputError, match=r"cannot read pytorch_model\.bin without running its code"
+    ) as caught:
+        convert_pickles(directory, tmp_path / "converted")
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shard", "words"),
+    [
+        ("../outside.safetensors", "names a shard that is not a file beside it: '../outside.safetensors'"),
+        ("/etc/outside.safetensors", "not a file beside it"),
+        ("model.bin", "not a file beside it"),
+        (3, "not a file beside it"),
+        ("gone.safetensors", r"shard gone\.safetensors is missing.*download the model again"),
+    ],
+)
+def test_index(shard: Any, words: str, copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    names = load_file(directory / "model.safetensors")
+    shutil.copy(directory / "model.safetensors", directory.parent / "outside.safetensors")
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, shard)})
+    )
+    refused(directory, words)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    refused(directory, "has no weight_map")
+
+
+def test_damaged_weights(copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    data = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(directory, r"model\.safetensors is damaged.*download the model again")
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    names = json.dumps({"weight_map": dict.fromkeys(tensor_files_of(data), "a.safetensors")})
+    (directory / "model.safetensors.index.json").write_text(names)
+    refused(directory, r"a\.safetensors is damaged", WorkError)
+
+
+def tensor_files_of(data: bytes) -> list[str]:
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return [name for name in header if name != "__metadata__"]
+
+
+def test_other_weights_than_the_config_says(copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    change(directory, lambda t: [t.pop(n) for n in list(t) if "q_proj" in n])
+    refused(directory, r"do not match the config: no tensor model\.layers\.0\.self_attn\.q_proj\.weight")
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "words"),
+    [
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(90, 64)}),
+            WorkError,
+            r"model\.layers\.0\.mlp\.up_proj\.weight is \(90, 64\) in the weights and \(96, 64\) in the config",
+        ),
+        (
+            lambda t: t["model.layers.0.mlp.up_proj.weight"][3].fill_(float("nan")),
+            WorkError,
+            r"up_proj\.weight has NaN or infinite weights: the source model is broken",
+        ),
+        (
+            lambda t: t["model.layers.0.input_layernorm.weight"][3].fill_(float("inf")),
+            WorkError,
+            r"input_layernorm\.weight has NaN or infinite weights",
+        ),
+        (
+            lambda t: t.pop("model.layers.0.mlp.up_proj.weight"),
+            WorkError,
+            r"no tensor model\.layers\.0\.mlp\.up_proj\.weight: download",
+        ),
+        (lambda t: t.pop("model.norm.weight"), WorkError, r"no tensor model\.norm\.weight"),
+        (
+            lambda t: t.pop("lm_head.weight"),
+            InputError,
+            r"no lm_head\.weight, and its config does not tie it to the embedding",
+        ),
+    ],
+    ids=["shape", "nan", "inf", "missing", "norm", "head"],
+)
+def test_broken_weights(edit: Edit, kind: type[Exception], words: str, copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    change(directory, edit)
+    source = Source.open(directory)
+    with pytest.raises(kind, match=words) as caught:
+        streamed(source, tokens(2))
+    assert type(caught.value) is kind
+    one_line(caught.value)
+
+
+def test_float8_weights(copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    change(directory, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()}))
+    refused(directory, r"weights are torch\.float8_e4m3fn: give a model in FP16, BF16 or FP32")
+
+
+def test_model_without_linears(copied: Callable[[str], Path]) -> None:
+    from transformers import GPT2Config
+
+    directory = copied("llama")
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    (directory / "config.json").write_text(config.to_json_string())
+    refused(directory, "GPT2LMHeadModel has no decoder blocks with linear layers")
+
+
+def test_helpers_agree(saved: Callable[[str], Path]) -> None:
+    directory = saved("llama")
+    assert examine_config(directory)["model_type"] == "llama"
+    assert set(tensor_files(directory)) == set(load_file(directory / "model.safetensors"))
