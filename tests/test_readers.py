@@ -6,6 +6,7 @@ The logits must be those of the de-quantized weights in plain PyTorch, by an unp
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,13 +35,12 @@ CHECKPOINTS = {
     "packed-4": (gptq_quantize, ["--format", "compressed-tensors"]),
     "packed-3": (gptq_quantize, ["--bits", "3"]),
     "packed-2": (gptq_quantize, ["--bits", "2"]),
-    "packed-8-awq": (awq_quantize, ["--bits", "8", "--zero_point", "false"]),
+    "packed-8-awq": (awq_quantize, ["--bits", "8"]),
+    "packed-4-asymmetric": (gptq_quantize, ["--sym", "false"]),
 }
 READS = {
     "read_autoawq.py": [name for name in CHECKPOINTS if name.startswith("awq")],
     "read_autogptq.py": [name for name in CHECKPOINTS if name.startswith("gptq")],
-    # transformers 5.24 expects the zero points of asymmetric compressed-tensors unpacked, and refuses them; vLLM does
-    # not (test_vllm_serving.py).
     "read_transformers.py": [
         "awq-128",
         "gptq-4",
@@ -50,6 +50,8 @@ READS = {
         "packed-4",
         "packed-3",
         "packed-2",
+        "packed-8-awq",
+        "packed-4-asymmetric",
     ],
 }
 
@@ -100,15 +102,14 @@ def test_reader_sees_the_dequantized_weights(reader: str, checkpoints: Path, tmp
         assert float((found - expected).abs().max()) < TOLERANCE, name
 
 
-def test_the_comparison_notices_one_wrong_zero_point(checkpoints: Path) -> None:
-    """A single zero point off by one moves logits by more than the tolerance allows a reader."""
-    model = plain_model(checkpoints / "gptq-4")
+def test_the_comparison_notices_one_wrong_zero_point(checkpoints: Path, tmp_path: Path) -> None:
+    """One stored zero point with its top bit flipped moves logits by more than a reader is allowed."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoints / "gptq-4", damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.0.mlp.gate_proj.qzeros"][0, 0] ^= 8
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     ids = load_file(checkpoints / "ids.safetensors")["ids"]
     with torch.no_grad():
-        before = model(ids).logits.float()
-        scales = load_file(checkpoints / "gptq-4" / "model.safetensors")[
-            "model.layers.0.mlp.gate_proj.scales"
-        ]
-        model.get_parameter("model.layers.0.mlp.gate_proj.weight")[:, :128] -= scales[0].float()[:, None]
-        after = model(ids).logits.float()
-    assert float((after - before).abs().max()) > TOLERANCE
+        intact, wrong = (plain_model(d)(ids).logits.float() for d in (checkpoints / "gptq-4", damaged))
+    assert float((intact - wrong).abs().max()) > TOLERANCE

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
 from reference import (
     Ints,
     Layer,
@@ -26,7 +28,6 @@ from reference import (
     unpack_gptq,
     write_rtn_checkpoint,
 )
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 def layer_of(q: Ints, zeros: Ints) -> Layer:

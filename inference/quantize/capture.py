@@ -221,18 +221,29 @@ def distinct_inputs(block: nn.Module, states: States, kwargs: dict[str, Any]) ->
     return list(seen.values())
 
 
+def free_memory(device: torch.device, limit: float | None) -> float:
+    """Bytes of `device` that are free to this process, which may use `limit` GiB in all (None: what there is)."""
+    used = torch.cuda.memory_allocated(device)
+    free = float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - used)
+    return free if limit is None else max(0.0, min(free, limit * 2**30 - used))
+
+
 class MicroBatch:
     """How many windows run at once: from free memory at first, halved when memory runs out."""
 
-    def __init__(self, device: torch.device, length: int, widest: int, tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        length: int,
+        widest: int,
+        tokens: int | None = None,
+        limit: float | None = None,
+    ) -> None:
         if tokens is None:
             tokens = 8192
             if device.type == "cuda":
-                free = torch.cuda.mem_get_info(device)[0] + (
-                    torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-                )
                 # A token costs a dozen or so half-precision values of the widest layer at the worst moment.
-                tokens = int(min(65536, 0.5 * free / (widest * 2 * 8)))
+                tokens = int(min(65536, 0.5 * free_memory(device, limit) / (widest * 2 * 8)))
         self.windows = max(1, tokens // length)
 
     def halve(self) -> bool:

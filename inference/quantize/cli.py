@@ -233,8 +233,8 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     check = Group("measuring the result")
     check.add(
         "eval_data",
-        "held-out text for perplexity and KL divergence: auto takes the calibration source's test part, off "
-        "measures nothing, else as --calib_data",
+        "held-out text for perplexity and KL divergence: auto takes the text that ships with this "
+        "program, off measures nothing, else as --calib_data",
         metavar="DATA",
     )
     check.add("eval_samples", "windows to measure on; more for steadier numbers", type=_integer, metavar="N")

