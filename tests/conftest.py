@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Small operations on a busy machine: threads that wait for each other take ten times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

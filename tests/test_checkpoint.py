@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from checkpoint import CheckpointWriter, Published, check_target
 from errors import InputError, WorkError
 from grid import Grid
 from packing import pack
 from reference import read_layers, read_tensors
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 CONFIG: dict[str, Any] = {
     "model_type": "tiny",

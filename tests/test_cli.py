@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import cli
 import config as config_module
-import pytest
 from config import CalibrationConfig, Method, QuantizeConfig, default_calibration
 from console import Console, duration
 from errors import InputError, WorkError

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from option_help import help_defaults
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
+
 from errors import InputError
 from grid import Grid
 from layouts import HOLDS

@@ -219,14 +219,14 @@ MORE = ("--calib_samples", "64", "--calib_seq_len", "256")
 @pytest.mark.parametrize(
     ("method", "words", "layout", "bits", "symmetric", "share"),
     [
-        ("gptq", "", "gptq", 4, True, 0.6),
-        ("awq", "", "awq", 4, False, 0.6),
-        ("awq", "--zero_point false", "awq", 4, True, 0.6),
-        ("gptq", "--sym false", "compressed-tensors", 4, False, 0.6),
-        ("gptq", "--bits 3", "compressed-tensors", 3, True, 0.4),
+        ("gptq", "", "gptq", 4, True, 0.5),
+        ("awq", "", "awq", 4, False, 0.55),
+        ("awq", "--zero_point false", "awq", 4, True, 0.5),
+        ("gptq", "--sym false", "compressed-tensors", 4, False, 0.55),
+        ("gptq", "--bits 3", "compressed-tensors", 3, True, 0.35),
         ("gptq", "--bits 2", "compressed-tensors", 2, True, 0.2),
-        ("gptq", "--bits 8", "gptq", 8, True, 0.8),
-        ("gptq", "--act_order_groups dynamic", "gptq", 4, True, 0.6),
+        ("gptq", "--bits 8", "gptq", 8, True, 0.6),
+        ("gptq", "--act_order_groups dynamic", "gptq", 4, True, 0.5),
     ],
 )
 def test_beats_rounding_to_nearest(
@@ -236,7 +236,6 @@ def test_beats_rounding_to_nearest(
     run = runs(method, *words.split(), *MORE)
     write_rtn_checkpoint(EMBEDDED_MODEL, tmp_path / "rtn", layout, bits, 128, symmetric)
     ours, plain = compare(run.path), compare(tmp_path / "rtn")
-    print(f"{method} {words}: {ours.kl:.5f} against {plain.kl:.5f}, {ours.kl / plain.kl:.3f}")
     assert ours.kl < share * plain.kl
     assert ours.agreement >= plain.agreement
     if bits >= 4:

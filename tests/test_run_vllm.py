@@ -136,8 +136,9 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...],
 def plain_checkpoint(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(MODEL))
-    weight = {"model.layers.0.mlp.up_proj.weight": ("F16", (32, 32), bytes(2048))}
-    write_safetensors(directory / "model.safetensors", weight)
+    write_safetensors(
+        directory / "model.safetensors", {"model.layers.0.mlp.up_proj.weight": ("F16", (32, 32), bytes(2048))}
+    )
     return directory
 
 
@@ -200,7 +201,7 @@ class Workbench:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return path
 
-    def run(self, *arguments: str | Path, script: Path = SCRIPT, **environment: str) -> Outcome:
+    def run(self, *arguments: str | Path, script: Path | str = SCRIPT, **environment: str) -> Outcome:
         self.record.unlink(missing_ok=True)
         done = subprocess.run(
             [str(script), *map(str, arguments)],
