@@ -304,7 +304,7 @@ def options(**more: object) -> SolveOptions:
         "scale_dtypes": (torch.float16,),
         "store": torch.float16,
     }
-    return SolveOptions(**(values | more))  # type: ignore[arg-type]
+    return SolveOptions(**(values | more))
 
 
 def calibrated() -> tuple[Block, Tensor, list[Tensor | None]]:
