@@ -47,13 +47,13 @@ class Runs:
 
     def _run(self, method: str, words: list[str]) -> Finished:
         import pipeline
+        from solve import solve_block
 
         path = self.root / f"run-{len(self._done)}"
         weights: dict[str, Tensor] = {}
-        real = pipeline.solve_block
 
         def spied(block: torch.nn.Module, name: str, *args: Any) -> Iterator[Any]:
-            for solved in real(block, name, *args):
+            for solved in solve_block(block, name, *args):
                 weight = block.get_submodule(solved.path).weight
                 assert isinstance(weight, Tensor)
                 weights[f"{name}.{solved.path}.weight"] = weight.detach().clone()

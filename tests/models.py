@@ -108,8 +108,9 @@ def second_moment(width: int, samples: int, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=g) / width**0.5 + torch.eye(width)
     size = torch.exp(torch.randn(width, generator=g))
-    x = torch.randn(samples, width, generator=g) @ mix * size
-    return x.T @ x / samples
+    x: torch.Tensor = torch.randn(samples, width, generator=g) @ mix * size
+    H: torch.Tensor = x.T @ x / samples
+    return H
 
 
 def weights(out: int, width: int, seed: int = 0) -> torch.Tensor:

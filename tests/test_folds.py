@@ -156,7 +156,7 @@ def test_zero_in_a_norm_keeps_its_channel() -> None:
     assert folded.channels[4] == pytest.approx(3)
     assert folded.changed == ("input_layernorm.weight",)
     for path in fold.targets:
-        block.get_submodule(path).weight.mul_(folded.channels)
+        block.get_parameter(f"{path}.weight").mul_(folded.channels)
     torch.testing.assert_close(capture.forward(block, hidden, kwargs), before, rtol=1e-4, atol=1e-4)
 
 

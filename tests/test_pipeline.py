@@ -20,6 +20,7 @@ from conftest import MAIN, Finished, Runs
 from evaluate import Measured, measure
 from models import CPU, FAMILIES, write
 from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
+from solve import solve_block
 from source import Source
 
 TEXT = ("--calib_data", str(EMBEDDED_CALIBRATION))
@@ -336,13 +337,13 @@ def test_interruption_leaves_the_old_one(
     target = tmp_path / "out"
     shutil.copytree(runs("gptq").path, target)
     before = contents(target)
-    real, count = pipeline.solve_block, [0]
+    count = [0]
 
     def failing(*args: Any) -> Any:
         count[0] += 1
         if count[0] == 3:
             raise error
-        return real(*args)
+        return solve_block(*args)
 
     monkeypatch.setattr(pipeline, "solve_block", failing)
     assert gptq_quantize.main([*QUICK, "--output_path", str(target), "--overwrite"]) == code

@@ -184,6 +184,20 @@ def test_descend_never_grows(width: int, group: int, refit: bool, symmetric: boo
         assert torch.equal(grid.scale, scale)
 
 
+def test_sweeps_follow_each_other() -> None:
+    """What a sweep changed is known to the next one: several in one call are as good as one call after another."""
+    W, H = weights(40, 512), condition(second_moment(512, 1500), 0.02)
+    spec = GridSpec(3, 64, False)
+    grid = minmax_grid(W, spec)
+    q = round_to_nearest(W, grid, spec)
+    once = descend(W, q, grid, spec, H, sweeps=4, refit=True)
+    singly = (q, grid)
+    for _ in range(4):
+        singly = descend(W, *singly, spec, H, sweeps=1, refit=True)
+    ours, theirs = (quadratic(W, dequantize(a, g, 64), H).sum() for a, g in (once, singly))
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-3)
+
+
 def test_descend_improves_and_ends_where_no_single_step_helps() -> None:
     W, H = weights(30, 6), condition(second_moment(6, 40), 0.01)
     spec = GridSpec(2, 6, False)
@@ -313,6 +327,7 @@ def calibrated() -> tuple[Block, Tensor, list[Tensor | None]]:
     with torch.no_grad():
         block.norm.weight.copy_(torch.exp(torch.randn(64)))
         block.norm.bias.normal_(std=0.3)
+        block.b.weight.mul_(torch.exp(torch.randn(64, 1)))
         x = torch.randn(600, 64)
         n = block.norm(x)
         m = torch.sigmoid(block.a(n)) * block.b(n)
@@ -340,13 +355,19 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
         after, rtn = block(x), plain(x)
     assert {s.path for s in solved} == {"a", "b", "c"}
     for s in solved:
-        assert torch.equal(block.get_submodule(s.path).weight, dequantize(s.q, s.grid, 32))
+        assert torch.equal(block.get_parameter(f"{s.path}.weight"), dequantize(s.q, s.grid, 32))
         assert s.report.name == f"m.0.{s.path}"
         assert s.report.fallback is None
         assert 0 < s.report.error < 0.02
     assert (after - before).pow(2).mean() < 0.8 * (rtn - before).pow(2).mean()
     assert moments == [None, None]
-    if not folds:
+    exponents = {s.path: s.report.exponent for s in solved}
+    if folds:
+        assert exponents["c"]
+        assert exponents["a"] == exponents["b"] != 0
+        assert changes.names == {"norm.weight", "norm.bias", "b.bias"}
+    else:
+        assert set(exponents.values()) == {None}
         assert not changes.names
 
 
