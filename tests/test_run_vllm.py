@@ -14,6 +14,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,7 @@ if [ "$1" = venv ]; then
 fi
 if [ "$1" = pip ]; then
     echo "resolving" >&2
+    sleep "${UV_TAKES:-0}"
     for word; do if [ "$before" = --override ]; then cp "$word" "$UV_LOG.overrides"; fi; before=$word; done
     exit "${UV_FAILS:-0}"
 fi
@@ -446,8 +448,8 @@ class Installer:
 def installer(bench: Workbench) -> Installer:
     shutil.move(bench.bin / "vllm", bench.root / "vllm")
     bench.fake("uv", FAKE_UV)
-    (bench.root / "tools" / "cp").symlink_to(str(shutil.which("cp")))
-    (bench.root / "tools" / "chmod").symlink_to(str(shutil.which("chmod")))
+    for name in ("cp", "chmod", "sleep"):
+        (bench.root / "tools" / name).symlink_to(str(shutil.which(name)))
     return Installer(bench, bench.root / "uv.log", bench.root / "home" / ".cache" / "llm-quantize")
 
 
@@ -507,6 +509,16 @@ def test_a_failed_installation_is_told_and_tried_again(installer: Installer, awq
     assert "vLLM is not installed" in outcome.err.splitlines()[-1]
     assert installer.run(awq, LLM_QUANTIZE_DEVICE="cpu").code == 0
     assert len(installer.calls()) == 2
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="without flock there is no waiting for another")
+def test_two_starts_at_once_install_once(installer: Installer, awq: Path) -> None:
+    with ThreadPoolExecutor() as both:
+        first = both.submit(installer.run, awq, LLM_QUANTIZE_DEVICE="cpu", UV_TAKES="2")
+        time.sleep(0.2)
+        second = both.submit(installer.bench.run, awq, UV_LOG=str(installer.log), LLM_QUANTIZE_DEVICE="cpu")
+        assert (first.result().code, second.result().code) == (0, 0)
+    assert [call[1] for call in installer.calls()] == ["venv", "pip"]
 
 
 def test_without_uv(installer: Installer, awq: Path) -> None:
@@ -836,10 +848,10 @@ def test_parts_of_rows_that_are_one_group(bench: Workbench) -> None:
 
 
 def test_parts_of_key_value_heads(bench: Workbench) -> None:
-    shapes = dict(SHAPES)
-    del shapes["self_attn.o_proj"], shapes["mlp.down_proj"]
+    # Two key-value heads of 24, each on two of four ranks: 48 outputs make two parts of 24, not four of 12.
+    shapes = {"self_attn.q_proj": (96, 256), "self_attn.k_proj": (48, 256), "self_attn.v_proj": (48, 256)}
     model = Checkpoint(shapes=shapes).write(bench.cwd / "m")
-    assert bench.run(model, "-tp", "4").code == 0  # two key-value heads, each on two ranks
+    assert bench.run(model, "-tp", "4").code == 0
     (model / "config.json").write_text(
         (model / "config.json").read_text().replace('"num_key_value_heads": 2', '"num_key_value_heads": 3')
     )
