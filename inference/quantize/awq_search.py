@@ -58,14 +58,14 @@ def choose_scales(
     scales = [candidate(H, rows, sources, exponent) for exponent in EXPONENTS]
     steps, zeros = [], []
     size = spec.group_size
+    plain = metric_blocks(H, size)
     for scale in scales:
         s = scale[rows]
-        blocks = metric_blocks(H, size, widest=512)
-        if blocks.shape[1] == 1:
-            blocks = blocks / (s * s).reshape(-1, 1, size)
+        if plain.shape[1] == 1:
+            blocks = plain / (s * s).reshape(-1, 1, size)
         else:
             part = s.reshape(-1, size)
-            blocks = blocks / (part.unsqueeze(1) * part.unsqueeze(2))
+            blocks = plain / (part.unsqueeze(1) * part.unsqueeze(2))
         grid = search_grid(sample * s, blocks, spec, effort)
         steps.append(grid.scale.repeat_interleave(size, 1) / s)
         zeros.append(grid.zero.repeat_interleave(size, 1))

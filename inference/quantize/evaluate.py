@@ -293,7 +293,9 @@ def pick_device(asked: str) -> torch.device:
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError(f"--device {asked}: no GPU that PyTorch can use: take --device cpu")
+        raise InputError(
+            f"--device {asked}: no GPU that PyTorch can use; take --device cpu, or check the driver"
+        )
     if int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     return torch.device("cuda", int(number or 0))

@@ -24,7 +24,7 @@ from checkpoint import CheckpointWriter, check_target
 from config import EMBEDDED_MODEL, QuantizeConfig
 from console import Console, duration
 from errors import InputError, WorkError
-from evaluate import Measured, heldout_windows, measure, sample
+from evaluate import Measured, heldout_windows, measure, pick_device, sample
 from folds import Fold, exact_folds, find_folds, unknown
 from hub import resolve_model
 from moments import SecondMoment
@@ -111,7 +111,7 @@ def serve_line(config: QuantizeConfig) -> str:
 
 def _prepare(config: QuantizeConfig, console: Console) -> _Run:
     check_target(config.target, config.may_replace)
-    device = _device(config.device)
+    device = pick_device(config.device)
     if config.max_memory is not None:
         if device.type != "cuda":
             raise InputError("--max_memory limits GPU memory and the run is on the CPU: leave it out")
@@ -180,19 +180,6 @@ def _prepare(config: QuantizeConfig, console: Console) -> _Run:
         options,
         scratch,
     )
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"--device {asked}: no GPU that PyTorch can use; take --device cpu, or check the driver"
-        )
-    index = int(asked.partition(":")[2] or 0) if asked != "auto" else 0
-    if index >= torch.cuda.device_count():
-        raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
-    return torch.device("cuda", index)
 
 
 # -- the work
