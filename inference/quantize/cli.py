@@ -209,7 +209,7 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     text.add(
         "calib_data",
         "text to calibrate on: wikitext, c4, pileval, a hub id repo[:config[:split[:column]]], a local .txt "
-        ".jsonl .json .csv .parquet (.gz too), or a saved dataset; take text like that of your use",
+        ".jsonl .json .csv (.gz too) or .parquet, or a saved dataset; take text like that of your use",
         default=f"{_default('calib_data')}; its own text with the embedded model",
         metavar="DATA",
     )
