@@ -55,7 +55,7 @@ class Saved:
         self.layout = str(settings.get("quant_method"))
         self.bits = _bits(self.layout, settings)
         # AutoGPTQ's v1 stores zero points less one; v2 as they are.
-        self._less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+        self._less = 0 if "gptq_v2" in (settings.get("checkpoint_format"), settings.get("format")) else 1
         self._act_order = bool(settings.get("desc_act"))
         self._stored = tensor_files(directory)
         end = "." + _MARKERS[self.layout]
