@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, get_args
 
-import layouts
+import libraries
 from config import (
     BITS,
     CALIB_SAMPLES,
@@ -215,6 +215,11 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
         "how much search to spend: fast for a trial, best where time does not matter",
         choices=get_args(Quality),
     )
+    grid.add(
+        "backend",
+        "what does the work: native, this program; else a library of that name, in an environment of its own",
+        choices=libraries.choices(method),
+    )
 
     text = Group("calibration")
     text.add(
@@ -402,11 +407,8 @@ def _work(config: QuantizeConfig, console: Console) -> None:
     from calibration import check_source
 
     check_source(config.calibration)
-    reason = layouts.not_served(
-        config.file_layout, config.bits, config.group_size, config.symmetric, config.dynamic_groups
-    )
-    if reason is not None:
-        console.warn(reason)
+    if config.not_served is not None:
+        console.warn(config.not_served)
     _silence()
     import pipeline
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import layouts
+import libraries
 from errors import InputError
 
 Method = Literal["awq", "gptq"]
@@ -16,6 +17,7 @@ Layout = Literal["awq", "gptq", "compressed-tensors"]
 LayoutChoice = Literal["auto", "awq", "gptq", "compressed-tensors"]
 ActOrderGroups = Literal["static", "dynamic"]
 Quality = Literal["fast", "default", "best"]
+Backend = Literal["native", "autoawq", "auto-gptq", "optimum", "gptqmodel"]
 
 BITS: dict[str, tuple[int, ...]] = {"awq": (4, 8), "gptq": (2, 3, 4, 8)}
 CALIB_SAMPLES = {"awq": 512, "gptq": 1024}
@@ -81,6 +83,7 @@ class QuantizeConfig:
     sym: bool = True
     layout: LayoutChoice = "auto"
     quality: Quality = "default"
+    backend: Backend = "native"
     device: str = "auto"
     max_memory: float | None = None
     overwrite: bool = False
@@ -130,6 +133,7 @@ class QuantizeConfig:
         layouts.check_layout(
             self.file_layout, self.method, self.bits, self.group_size, self.symmetric, self.dynamic_groups
         )
+        libraries.check(self)
         self._check_paths()
 
     def _check_paths(self) -> None:
@@ -163,10 +167,19 @@ class QuantizeConfig:
         """The layout to write, with `auto` resolved."""
         if self.layout != "auto":
             return self.layout
+        if self.backend != libraries.NATIVE:
+            return self.method  # what every library writes
         # Only this layout has g_idx.
         return (
             "gptq" if self.dynamic_groups else layouts.choose_layout(self.method, self.bits, self.symmetric)
         )
+
+    @property
+    def not_served(self) -> str | None:
+        """Why vLLM refuses what is asked for, and what to take instead; None where it serves it. One line."""
+        return layouts.not_served(
+            self.file_layout, self.bits, self.group_size, self.symmetric, self.dynamic_groups
+        ) or libraries.not_served(self)
 
     @property
     def embedded(self) -> bool:

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import backend
 import capture
-import layouts
+import foreign
+import libraries
 import packing
 from calibration import Windows, load_windows, longest_window
 from checkpoint import CheckpointWriter
@@ -40,7 +42,10 @@ AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was published, for the front door to show."""
+    """What was published, for the front door to show. `seconds` by stage; `device_bytes` at most, 0 without a GPU.
+
+    `versions`: of what did the work. `measured`: None where it was not asked for.
+    """
 
     output: Path
     method: str
@@ -49,6 +54,10 @@ class Result:
     rows: list[tuple[str, str]]
     sample: str | None
     serve_line: str
+    seconds: dict[str, float]
+    device_bytes: int
+    versions: dict[str, str]
+    measured: Measured | None
 
 
 @dataclass(slots=True)
@@ -65,6 +74,22 @@ class _Run:
     scratch: tempfile.TemporaryDirectory[str] | None  # a converted copy of pickled weights
     stages: dict[str, float] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+    library: backend.Session | None = None  # None: this program does the work
+    library_bytes: int = 0  # that it had on the device at most
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of what does the work."""
+        if self.library is not None:
+            return self.library.versions
+        return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device at most, of what did the work; 0 without a GPU."""
+        if self.library is not None:
+            return self.library_bytes
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -80,8 +105,11 @@ class _Run:
 def quantize(config: QuantizeConfig, console: Console) -> Result:
     """Quantizes, writes, checks, measures. Errors: `InputError` before any long work, `WorkError` after."""
     started = time.perf_counter()
-    with Staging(config.target, overwrite=config.may_replace) as staging:
+    with Staging(config.target, overwrite=config.may_replace) as staging, ExitStack() as stack:
         run = _prepare(config, console)
+        if config.backend != libraries.NATIVE:
+            library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
+            run.library = stack.enter_context(library)
         windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
         console.note(f"calibration: {windows}")
         heldout = None
@@ -92,7 +120,8 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
             torch.zeros((), device=run.device)  # the statistics exist once the device is in use
             torch.cuda.reset_peak_memory_stats(run.device)
         with _kept(staging, len(run.source.blocks)):
-            size = _write_checkpoint(run, windows, staging)
+            write = _write_checkpoint if run.library is None else _have_written
+            size = write(run, windows, staging)
             worked = time.perf_counter() - started
             measured = _measure(run, staging, heldout)
             _describe(run, staging, windows)
@@ -100,7 +129,17 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
     return Result(
-        config.target, config.method, config.bits, config.file_layout, rows, text, serve_line(config)
+        config.target,
+        config.method,
+        config.bits,
+        config.file_layout,
+        rows,
+        text,
+        serve_line(config),
+        run.stages,
+        run.device_bytes,
+        run.versions,
+        measured,
     )
 
 
@@ -136,13 +175,58 @@ def _write_checkpoint(run: _Run, windows: Windows, staging: Staging) -> int:
     with CheckpointWriter(staging, _plan(run), first, keep=keep) as writer, KeptStates(staging, keep) as kept:
         staging.write_json("config.json", _config_json(run))
         _blocks(run, windows, writer, kept, batch)
-        skipped = staging.copy(_side_files(run))
-        if skipped:
-            run.console.warn(
-                f"links that lead out of the model's directory are left out: {', '.join(skipped)}"
-            )
+        _copy_side_files(run, staging)
         writer.complete(config.file_layout, config.bits, config.group_size)
     return writer.tensor_bytes
+
+
+def _have_written(run: _Run, windows: Windows, staging: Staging) -> int:
+    """The same by a library: its files as it writes them, complete and read back."""
+    config, source, session = run.config, run.source, run.library
+    assert session is not None
+    # What an interrupted run of this program left is not thrown away unasked; a library leaves nothing to go on from.
+    run_id = identity(config, source, run.device, windows.fingerprint) | {"--backend": config.backend}
+    first_entry(staging, run_id, {}, restart=config.restart or config.no_resume)
+    staging.clear()
+    job = backend.Job(
+        model=str(session.model(source)),
+        output=str(staging.content),
+        windows=str(session.windows(windows.tokens)),
+        method=config.method,
+        bits=config.bits,
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        act_order=config.act_order_groups if config.method == "gptq" and config.desc_act else "none",
+        damping=config.damp_percent,
+        dtype="float16" if session.library.float16 else str(run.store).removeprefix("torch."),
+        blocks=len(source.blocks),
+        device=run.device.type,
+        trust_remote_code=config.trust_remote_code,
+    )
+    with run.console.blocks(len(source.blocks)) as progress:
+        outcome = session.quantize(job, progress)
+    run.stages |= outcome.seconds
+    run.library_bytes = outcome.device_bytes
+    with run.stage("reading back"):
+        size = foreign.verify(
+            staging.content,
+            source,
+            config.file_layout,
+            config.bits,
+            config.group_size,
+            config.symmetric,
+            session.library.title,
+            trust=config.trust_remote_code,
+        )
+    staging.settle()
+    _copy_side_files(run, staging)
+    return size
+
+
+def _copy_side_files(run: _Run, staging: Staging) -> None:
+    skipped = staging.copy([path for path in _side_files(run) if not (staging.content / path.name).exists()])
+    if skipped:
+        run.console.warn(f"links that lead out of the model's directory are left out: {', '.join(skipped)}")
 
 
 _PROMPT = "This module provides"
@@ -186,7 +270,9 @@ def _prepare(config: QuantizeConfig, console: Console) -> _Run:
                 layout, config.bits, config.group_size, linear.name, linear.out_features, linear.in_features
             )
             parameters += linear.out_features * linear.in_features
-    if config.method == "awq":
+    if config.backend != libraries.NATIVE:
+        _check_library(config, source, console)
+    elif config.method == "awq":
         find_folds(source.modules[0], source.config)  # refuses an unknown architecture now
     outside = (
         sum(path.stat().st_size for path in set(source.files.values())) - parameters * source.dtype.itemsize
@@ -227,6 +313,15 @@ def _prepare(config: QuantizeConfig, console: Console) -> _Run:
         options,
         scratch,
     )
+
+
+def _check_library(config: QuantizeConfig, source: Source, console: Console) -> None:
+    library = libraries.LIBRARIES[config.backend]
+    widths = {linear.name: linear.out_features for linear in source.linears(0)}
+    libraries.check_model(config.backend, source.config.model_type, widths)
+    if library.float16 and source.dtype != torch.float16:
+        name = str(source.dtype).removeprefix("torch.")
+        console.warn(f"{library.title} works in float16: weights in {name} are converted, and may overflow")
 
 
 # -- the work
@@ -525,7 +620,7 @@ def _measure(run: _Run, staging: Staging, heldout: Tensor | None) -> Measured | 
 def _describe(run: _Run, staging: Staging, windows: Windows) -> None:
     """Writes what goes beside the weights; nothing in it depends on when, where or how long."""
     config = run.config
-    if config.file_layout == "gptq":
+    if config.file_layout == "gptq" and run.library is None:
         staging.write_json("quantize_config.json", _settings(run))
     report = {
         "method": config.method,
@@ -534,9 +629,10 @@ def _describe(run: _Run, staging: Staging, windows: Windows) -> None:
         "symmetric": config.symmetric,
         "format": config.file_layout,
         "quality": config.quality,
+        "backend": config.backend,
         "seed": config.calibration.seed,
         "calibration": {"tokens": windows.tokens.numel(), "sha256": windows.fingerprint},
-        "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers")},
+        "versions": run.versions,
         "layers": [{k: v for k, v in asdict(r).items() if k != "seconds"} for r in run.reports],
     }
     staging.write_json("quantization_report.json", report)
@@ -560,35 +656,30 @@ def _rows(
     run: _Run, windows: Windows, measured: Measured | None, size: int, worked: float, total: float
 ) -> list[tuple[str, str]]:
     before = sum(path.stat().st_size for path in set(run.source.files.values()))
-    worst = max(run.reports, key=lambda r: r.error)
     rows = [
         ("written", str(run.config.target)),
         ("size", f"{before / 2**20:,.1f} MiB -> {size / 2**20:,.1f} MiB"),
         ("calibration", str(windows)),
         ("time", f"{duration(total)}, of which quantization {duration(worked)}"),
-        ("worst layer", f"{worst.name}: relative output error {worst.error:.2e}"),
     ]
+    if run.library is not None:
+        rows.append(("by", ", ".join(f"{name} {version}" for name, version in run.versions.items())))
+    else:
+        worst = max(run.reports, key=lambda r: r.error)
+        rows.append(("worst layer", f"{worst.name}: relative output error {worst.error:.2e}"))
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items() if seconds >= 0.05)
     rows.append(("stages", stages))
     fallbacks = sum(r.fallback is not None for r in run.reports)
     if fallbacks:
         rows.append(("fallback", f"{fallbacks} layers rounded to nearest, see quantization_report.json"))
-    if run.device.type == "cuda":
-        rows.append(
-            ("device memory", f"{torch.cuda.max_memory_allocated(run.device) / 2**30:.2f} GiB at most")
-        )
+    if run.device_bytes:
+        rows.append(("device memory", f"{run.device_bytes / 2**30:.2f} GiB at most"))
     if measured is not None:
         rows += [
             ("perplexity", f"{measured.perplexity_source:.3f} -> {measured.perplexity_quantized:.3f}"),
             ("KL divergence", f"{measured.kl:.5f} nats a token over {measured.tokens:,} tokens"),
             ("same next token", f"{100 * measured.agreement:.1f} %"),
         ]
-    if layouts.not_served(
-        run.config.file_layout,
-        run.config.bits,
-        run.config.group_size,
-        run.config.symmetric,
-        run.config.dynamic_groups,
-    ):
+    if run.config.not_served is not None:
         rows.append(("vLLM", "does not serve this combination"))
     return rows

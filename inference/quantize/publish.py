@@ -236,6 +236,18 @@ class Staging:
             raise failure(error, self.target.parent) from None
         return tuple(skipped)
 
+    def settle(self) -> None:
+        """Makes files that another program left in the content durable, and as readable as files are here."""
+        mask = os.umask(0)
+        os.umask(mask)
+        try:
+            for path in self.content.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o666 & ~mask)
+                sync(path)
+        except OSError as error:
+            raise failure(error, self.target.parent) from None
+
     def publish(self) -> None:
         """Puts `content`, which must be complete, in the target's place."""
         try:

@@ -106,7 +106,7 @@ class Channel:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def follow_log(self, logger: str, pattern: str) -> None:
-        """Blocks from a library's own log lines: group 1 of `pattern` is the block just begun, from 1; 2 of how many."""
+        """Blocks from a library's own log: group 1 of `pattern` is the block just begun, from 1; 2 of how many."""
         channel, expression = self, re.compile(pattern)
 
         class Follow(logging.Handler):
