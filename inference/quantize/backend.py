@@ -30,6 +30,7 @@ from libraries import Library
 from source import Source, read_json
 
 SCRIPTS = Path(__file__).resolve().parent / "backends"
+COMMAND = ("uv", "run", "--script")
 _LONG = 300  # characters of an error that are shown
 _PATIENCE = 10.0  # seconds that a process has to end in
 # What a user's shell may hold that would reach into the other environment.
@@ -71,28 +72,18 @@ class Session:
     `InputError` on entering (no uv, nothing to install from, a library that does not import), `WorkError` after.
     """
 
-    def __init__(
-        self,
-        library: Library,
-        device: torch.device,
-        console: Console,
-        *,
-        scripts: Path = SCRIPTS,
-        command: tuple[str, ...] = ("uv", "run", "--script"),
-    ) -> None:
+    def __init__(self, library: Library, device: torch.device, console: Console) -> None:
         self.library = library
         self.versions: dict[str, str] = {}
         self._device = device
         self._console = console
-        self._script = scripts / library.script
-        self._command = command
         self._process: subprocess.Popen[str] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._log: Path | None = None
         self._keep = False
 
     def __enter__(self) -> Self:
-        program = shutil.which(self._command[0])
+        program = shutil.which(COMMAND[0])
         if program is None:
             raise InputError(
                 f"--backend needs uv to make an environment for {self.library.title}: install it "
@@ -107,7 +98,7 @@ class Session:
         try:
             with os.fdopen(handle, "w") as log:
                 self._process = subprocess.Popen(
-                    [program, *self._command[1:], str(self._script)],
+                    [program, *COMMAND[1:], str(SCRIPTS / self.library.script)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -222,7 +213,7 @@ class Session:
             line.strip() for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         ]
         lines = [line for line in lines if line]
-        marked = [line for line in lines if line.startswith(("error:", "×", "Caused by:"))]
+        marked = [re.sub(r"^(error:|×)\s*", "", line) for line in lines if line.startswith(("error:", "×"))]
         return one_line((marked or lines or ["it said nothing"])[-1])[:_LONG]
 
     def _keep_log(self) -> Path:

@@ -130,10 +130,10 @@ class QuantizeConfig:
             raise InputError(
                 "--act_order_groups dynamic needs --desc_act true: take static, or leave it true"
             )
+        libraries.check(self)
         layouts.check_layout(
             self.file_layout, self.method, self.bits, self.group_size, self.symmetric, self.dynamic_groups
         )
-        libraries.check(self)
         self._check_paths()
 
     def _check_paths(self) -> None:
@@ -168,7 +168,7 @@ class QuantizeConfig:
         if self.layout != "auto":
             return self.layout
         if self.backend != libraries.NATIVE:
-            return self.method  # what every library writes
+            return libraries.LIBRARIES[self.backend].writes(self.method)
         # Only this layout has g_idx.
         return (
             "gptq" if self.dynamic_groups else layouts.choose_layout(self.method, self.bits, self.symmetric)

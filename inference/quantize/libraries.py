@@ -11,38 +11,38 @@ from typing import TYPE_CHECKING
 from errors import InputError
 
 if TYPE_CHECKING:
-    from config import QuantizeConfig
+    from config import Layout, Method, QuantizeConfig
 
 NATIVE = "native"
 
 # Model types that AutoAWQ 0.2.9 and AutoGPTQ 0.7.1 list, but for mixtures of experts and models of more than text,
-# which this program does not open. Both are archived: no other will come.
-_BOTH = {
-    "RefinedWeb",
-    "RefinedWebModel",
-    "Yi",
-    "baichuan",
-    "falcon",
-    "gemma",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gptj",
-}
-_BOTH |= {"llama", "mistral", "opt", "qwen", "qwen2", "bloom"}
+# which this program does not open, and those that AutoAWQ gives a scaled activation, which its own code alone reads.
+# Both are archived: no other type will come.
+_BOTH = {"Yi", "baichuan", "gemma", "llama", "mistral", "opt", "qwen", "qwen2"}
 _AUTOAWQ = {
     "aquila",
     "cohere",
     "exaone",
     "gemma2",
-    "internlm2",
     "minicpm",
     "minicpm3",
-    "mpt",
     "phi3",
     "qwen3",
+    "stablelm",
+    *_BOTH,
 }
-_AUTOAWQ |= {"stablelm", "starcoder2", *_BOTH}
-_AUTOGPTQ = {"codegen", "deci", "gpt2", "internlm", "longllama", "moss", "stablelm_epoch", "xverse", *_BOTH}
+_AUTOGPTQ = {
+    "RefinedWeb",
+    "RefinedWebModel",
+    "bloom",
+    "codegen",
+    "deci",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+}
+_AUTOGPTQ |= {"gptj", "internlm", "longllama", "moss", "stablelm_epoch", "xverse", *_BOTH}
 _GPTQMODEL_GROUPS = {"awq": (-1, 32, 64, 128), "gptq": (-1, 32, 64, 128, 256, 512, 1024)}
 
 
@@ -65,6 +65,11 @@ class Library:
     float16: bool = False
     widths: int = 1
     marks_order: bool = False
+    layout: Layout | None = None
+
+    def writes(self, method: Method) -> Layout:
+        """The layout of its files: `layout`, or else the one that has the method's name."""
+        return self.layout or method
 
     @property
     def title(self) -> str:
@@ -142,8 +147,10 @@ def check(config: QuantizeConfig) -> None:
         raise InputError(f"--group_size -1: {library.title} takes groups alone, such as 128")
     if config.method == "awq" and config.symmetric not in library.symmetric:
         raise InputError(f"--zero_point false: {library.title} cannot write a symmetric grid; {leave}")
-    if config.layout not in ("auto", config.method):
-        raise InputError(f"--format {config.layout}: {library.title} writes {config.method}; {leave}")
+    if config.layout not in ("auto", library.writes(config.method)):
+        raise InputError(
+            f"--format {config.layout}: {library.title} writes {library.writes(config.method)}; {leave}"
+        )
     if config.quality != "default":
         raise InputError(
             f"--quality {config.quality}: the search of {library.title} has no such choice; {leave}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import resource
 import shlex
 import tempfile
 import time
@@ -42,7 +43,8 @@ AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was published, for the front door to show. `seconds` by stage; `device_bytes` at most, 0 without a GPU.
+    """What was published, for the front door to show. `seconds` by stage; `device_bytes` and
+    `host_bytes` at most, up to the finished files, of the process that made them; the former 0 without a GPU.
 
     `versions`: of what did the work. `measured`: None where it was not asked for.
     """
@@ -56,6 +58,7 @@ class Result:
     serve_line: str
     seconds: dict[str, float]
     device_bytes: int
+    host_bytes: int
     versions: dict[str, str]
     measured: Measured | None
 
@@ -75,7 +78,7 @@ class _Run:
     stages: dict[str, float] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     library: backend.Session | None = None  # None: this program does the work
-    library_bytes: int = 0  # that it had on the device at most
+    outcome: backend.Outcome | None = None  # of the library's work
 
     @property
     def versions(self) -> dict[str, str]:
@@ -87,9 +90,16 @@ class _Run:
     @property
     def device_bytes(self) -> int:
         """On the device at most, of what did the work; 0 without a GPU."""
-        if self.library is not None:
-            return self.library_bytes
+        if self.outcome is not None:
+            return self.outcome.device_bytes
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Of memory at most, of the process that did the work."""
+        if self.outcome is not None:
+            return self.outcome.host_bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -122,6 +132,7 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
         with _kept(staging, len(run.source.blocks)):
             write = _write_checkpoint if run.library is None else _have_written
             size = write(run, windows, staging)
+            memory = run.device_bytes, run.host_bytes
             worked = time.perf_counter() - started
             measured = _measure(run, staging, heldout)
             _describe(run, staging, windows)
@@ -137,7 +148,7 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
         text,
         serve_line(config),
         run.stages,
-        run.device_bytes,
+        *memory,
         run.versions,
         measured,
     )
@@ -204,9 +215,8 @@ def _have_written(run: _Run, windows: Windows, staging: Staging) -> int:
         trust_remote_code=config.trust_remote_code,
     )
     with run.console.blocks(len(source.blocks)) as progress:
-        outcome = session.quantize(job, progress)
-    run.stages |= outcome.seconds
-    run.library_bytes = outcome.device_bytes
+        run.outcome = session.quantize(job, progress)
+    run.stages |= run.outcome.seconds
     with run.stage("reading back"):
         size = foreign.verify(
             staging.content,
