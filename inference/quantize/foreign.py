@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import packing
-from errors import WorkError
+from errors import InputError, WorkError
 from saved import dequantized
 from source import Source, tensor_files
 
@@ -44,12 +44,15 @@ def verify(
     finite; and config.json must describe the same model. `by` names who wrote it; `trust`: code
     that comes with the model may run. Errors: `WorkError`.
     """
-    saved = dequantized(directory)
+    try:
+        saved = dequantized(directory)
+        files = tensor_files(directory)
+    except InputError as error:
+        raise WorkError(f"what {by} wrote cannot be read: {error}") from None
     if (saved.layout, saved.bits) != (layout, bits):
         raise WorkError(f"{by} wrote {saved.layout} at {saved.bits} bits instead of {layout} at {bits}")
     expected = _expected(source, layout, bits, group_size, symmetric)
     free = _head(source)
-    files = tensor_files(directory)
     missing = sorted(set(expected) - set(files) - free)
     if missing:
         raise WorkError(f"{by} left out {missing[0]}: nothing is published")

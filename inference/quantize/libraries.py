@@ -167,7 +167,7 @@ def check_model(backend: str, model_type: str, outputs: dict[str, int]) -> None:
     """The same for a model: its type, and how many outputs each linear has, by name. Raises InputError."""
     library = LIBRARIES[backend]
     if library.families is not None and model_type not in library.families:
-        raise InputError(f"{library.title} does not know models of type {model_type}: take --backend native")
+        raise InputError(f"{library.title} does not take models of type {model_type}: take --backend native")
     for name, width in outputs.items():
         if width % library.widths:
             raise InputError(
