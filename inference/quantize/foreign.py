@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 import packing
 from errors import InputError, WorkError
 from saved import dequantized
-from source import Source, tensor_files
+from source import HEAD_NAMES, Source, tensor_files
 
 # What a library may set as it likes in config.json: it says nothing of how the model computes.
 _FREE = {
@@ -52,8 +52,10 @@ def verify(
     if (saved.layout, saved.bits) != (layout, bits):
         raise WorkError(f"{by} wrote {saved.layout} at {saved.bits} bits instead of {layout} at {bits}")
     expected = _expected(source, layout, bits, group_size, symmetric)
-    free = _head(source)
+    free = _heads(source)
     missing = sorted(set(expected) - set(files) - free)
+    if source.tied_head is None and not free & set(files):
+        missing.append("the output head")
     if missing:
         raise WorkError(f"{by} left out {missing[0]}: nothing is published")
     # AutoGPTQ gives every linear a bias, of zeros where the model has none; readers leave them out.
@@ -100,10 +102,10 @@ def _expected(
     return expected
 
 
-def _head(source: Source) -> set[str]:
-    """The tied output head, which a file may hold once more or not at all."""
+def _heads(source: Source) -> set[str]:
+    """Names of the output head: a tied one may be there once more or not, another under any name that it has had."""
     tied = source.tied_head
-    return {tied[0]} if tied is not None else set()
+    return {f"{name}.weight" for name in HEAD_NAMES} | ({tied[0]} if tied is not None else set())
 
 
 def _look(name: str, tensor: torch.Tensor, expected: tuple[bool, tuple[int, ...]] | None, by: str) -> int:

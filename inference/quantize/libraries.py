@@ -49,7 +49,8 @@ _GPTQMODEL_GROUPS = {"awq": (-1, 32, 64, 128), "gptq": (-1, 32, 64, 128, 256, 51
 @dataclass(frozen=True, slots=True)
 class Library:
     """One library. `bits` by method; `groups` by method, where it does not take every one; `symmetric`: the grids it
-    has for AWQ; `families`: model types, where it lists them and is no longer changed; `old_reader`: its transformers
+    has for AWQ; `families`: model types, where it lists them and is no longer changed;
+    `unreadable`: those whose file no other program reads; `old_reader`: its transformers
     is version 4; `float16`: it loads weights in that, whatever they are; `widths`: what outputs must be a multiple of;
     `marks_order`: static groups in activation order are marked `desc_act` in its files."""
 
@@ -61,6 +62,7 @@ class Library:
     groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
     symmetric: tuple[bool, ...] = (False, True)
     families: frozenset[str] | None = None
+    unreadable: frozenset[str] = frozenset()
     old_reader: bool = False
     float16: bool = False
     widths: int = 1
@@ -112,6 +114,7 @@ LIBRARIES: dict[str, Library] = {
         "run_gptqmodel.py",
         {"awq": (4,), "gptq": (2, 3, 4, 8)},
         groups=_GPTQMODEL_GROUPS,
+        unreadable=frozenset({"phi3"}),  # written with gate_up_proj taken apart
     ),
 }
 
@@ -166,7 +169,8 @@ def check(config: QuantizeConfig) -> None:
 def check_model(backend: str, model_type: str, outputs: dict[str, int]) -> None:
     """The same for a model: its type, and how many outputs each linear has, by name. Raises InputError."""
     library = LIBRARIES[backend]
-    if library.families is not None and model_type not in library.families:
+    unlisted = library.families is not None and model_type not in library.families
+    if unlisted or model_type in library.unreadable:
         raise InputError(f"{library.title} does not take models of type {model_type}: take --backend native")
     for name, width in outputs.items():
         if width % library.widths:

@@ -26,7 +26,7 @@ _OTHER_HEADS = re.compile(
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _MAX_JSON = 64 << 20
-_HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
+HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -339,7 +339,7 @@ class Source:
         if head is None or not parameter.startswith(f"{names[id(head)]}."):
             return stored
         leaf = parameter.removeprefix(f"{names[id(head)]}.")
-        for other in _HEAD_NAMES:
+        for other in HEAD_NAMES:
             if f"{other}.{leaf}" in self.files:
                 return f"{other}.{leaf}"
         if leaf == "weight" and getattr(self.config.get_text_config(), "tie_word_embeddings", False):
