@@ -328,7 +328,7 @@ def parse(method: Method, argv: Sequence[str]) -> QuantizeConfig:
 def _silence() -> None:
     """Before the heavy imports: no banners, advice or bars of theirs; what the user set stays."""
     for name, value in {
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",  # nothing forks after this
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "DATASETS_VERBOSITY": "error",
