@@ -412,22 +412,36 @@ def test_rotary_embeddings_for_older_readers() -> None:
         backend.older_config(layered, "L")
 
 
-def test_the_view_of_a_model_is_links_and_an_older_config(
-    library: Callable[..., None], tmp_path: Path
-) -> None:
+def test_the_view_of_a_model(library: Callable[..., None], tmp_path: Path) -> None:
+    """Links to what is safe to read; config.json as transformers 4 reads it, for a library that has that."""
     library("pass")
     config = FAMILIES["llama"]()
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
-    source = Source.open(write(tmp_path / "model", config, dtype=torch.float16))
+    directory = write(tmp_path / "model", config, dtype=torch.float16)
+    source = Source.open(directory)
+    for name in ("modeling_own.py", "pytorch_model.bin", "adapter_config.json", "notes.txt"):
+        (directory / name).write_text("{}")
+    code = {"AutoConfig": "modeling_own.Config"}
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**content, "auto_map": code}))
+    hidden = {"pytorch_model.bin", "adapter_config.json"}
+    every = {path.name for path in directory.iterdir()} - hidden
     with _session("auto-gptq") as session:
-        view = session.model(source)
+        view = session.model(source, trust=False)
+        assert {path.name for path in view.iterdir()} == every - {"modeling_own.py"}
+        for name in ("config.json", "tokenizer_config.json"):
+            assert "auto_map" not in (view / name).read_text()
+            assert "auto_map" in (directory / name).read_text()
         assert json.loads((view / "config.json").read_text())["rope_theta"] == 5e5
         assert AutoConfig.from_pretrained(view).to_dict()["rope_parameters"] == config.rope_parameters
-        for path in source.directory.iterdir():
-            assert (view / path.name).is_symlink() == (path.name != "config.json")
-            assert path.name == "config.json" or (view / path.name).read_bytes() == path.read_bytes()
+        assert (view / "model.safetensors").resolve() == (directory / "model.safetensors").resolve()
     with _session("gptqmodel") as session:
-        assert session.model(source) == source.directory
+        view = session.model(source, trust=True)
+        assert {path.name for path in view.iterdir()} == every
+        assert json.loads((view / "config.json").read_text()) == json.loads(
+            (directory / "config.json").read_text()
+        )
 
 
 # -- what it wrote
@@ -663,7 +677,9 @@ def test_library(method: str, name: str, words: str, runs: Runs, tmp_path: Path)
     report = json.loads((out / "quantization_report.json").read_text())
     library = libraries.LIBRARIES[name]
     assert report["versions"][library.distribution] == library.version
-    assert not any(str(tmp_path) in path.read_text() for path in out.glob("*.json"))
+    for path in out.glob("*.json"):  # nothing of where it was made
+        assert tempfile.gettempdir() not in path.read_text()
+        assert str(EMBEDDED_MODEL) not in path.read_text()
     native: Finished = runs(method, *words.split(), "--format", method, "--calib_seq_len", "64")
     theirs, ours = _measured(out), _measured(native.path)
     assert ours < theirs < AT_MOST[report["bits"]]

@@ -33,6 +33,16 @@ SCRIPTS = Path(__file__).resolve().parent / "backends"
 COMMAND = ("uv", "run", "--script")
 _LONG = 300  # characters of an error that are shown
 _PATIENCE = 10.0  # seconds that a process has to end in
+HIDDEN = {
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+}  # of weights that are not read here
 # What a user's shell may hold that would reach into the other environment.
 _DROPPED = re.compile(r"PYTHON.*|VIRTUAL_ENV|CONDA_.*|UV_PROJECT.*|UV_PYTHON")
 
@@ -180,18 +190,29 @@ class Session:
         save_file({"tokens": tokens.contiguous()}, file)
         return file
 
-    def model(self, source: Source) -> Path:
-        """The directory of `source` as this library is to read it: itself, or links with an older config.json."""
-        if not self.library.old_reader:
-            return source.directory
+    def model(self, source: Source, *, trust: bool) -> Path:
+        """A directory of links to the files of `source`, as this library is to see them.
+
+        Weights other than safetensors and adapters stay out, and so does the model's own code unless `trust`: AutoGPTQ
+        runs what `auto_map` names without being told to. An older library gets an older config.json.
+        """
         assert self._scratch is not None
         view = Path(self._scratch.name) / "model"
         view.mkdir()
         for path in source.directory.iterdir():
-            if path.name != "config.json":
+            hidden = path.suffix in HIDDEN or path.name == "adapter_config.json"
+            if path.is_file() and not hidden and (trust or path.suffix != ".py"):
                 (view / path.name).symlink_to(path.resolve())
-        config = older_config(read_json(source.directory / "config.json"), self.library.title)
-        (view / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        for name in ("config.json", "tokenizer_config.json"):
+            if not (view / name).exists():
+                continue
+            content = read_json(view / name)
+            if not trust:
+                content.pop("auto_map", None)
+            if name == "config.json" and self.library.old_reader:
+                content = older_config(content, self.library.title)
+            (view / name).unlink()
+            (view / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         return view
 
     # -- errors and the end

@@ -201,7 +201,7 @@ def _have_written(run: _Run, windows: Windows, staging: Staging) -> int:
     first_entry(staging, run_id, {}, restart=config.restart or config.no_resume)
     staging.clear()
     job = backend.Job(
-        model=str(session.model(source)),
+        model=str(session.model(source, trust=config.trust_remote_code)),
         output=str(staging.content),
         windows=str(session.windows(windows.tokens)),
         method=config.method,
