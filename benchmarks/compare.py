@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "q
 
 import libraries
 from config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from errors import InputError, WorkError
 
 HERE = Path(__file__).resolve().parent
 PEER = "llm-compressor"
@@ -109,7 +110,7 @@ def in_own_process(argv: list[str], method: str, entry: str) -> Row:
     if done.returncode == 0:
         return Row(**json.loads(done.stdout.splitlines()[-1]))
     said = [line for line in done.stderr.splitlines() if line.strip()]
-    return Row(method, entry, error=said[-1][:200] if said else f"ended with {done.returncode}")
+    return Row(method, entry, error=said[-1][:300] if said else f"ended with {done.returncode}")
 
 
 def table(rows: list[Row], where: str) -> str:
@@ -174,7 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(words)
     if args.entry:
-        print(json.dumps(asdict(measure(args, *args.entry))))
+        try:
+            print(json.dumps(asdict(measure(args, *args.entry))))
+        except (InputError, WorkError) as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     asked = [(method, name) for method in args.method for name in entries(method)]
     unknown = set(args.only or ()) - {name for _, name in asked}

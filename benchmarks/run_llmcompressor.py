@@ -21,6 +21,7 @@ def load() -> None:
 
 
 def quantize(job: child.Job, channel: child.Channel) -> None:
+    import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -29,6 +30,9 @@ def quantize(job: child.Job, channel: child.Channel) -> None:
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not torch.cuda.is_available():
+        # Its AWQ pins memory for copies to a GPU, which fails where there is no driver and serves nothing.
+        torch.Tensor.pin_memory = lambda self, *args: self
     tokens = job.tokens()
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(ids) for ids in tokens]})
     with channel.stage("load"):
