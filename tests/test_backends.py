@@ -351,7 +351,8 @@ def test_a_killed_parent_takes_the_library_with_it(library: Callable[..., None],
         with backend.Session(libraries.LIBRARIES["optimum"], backend.torch.device("cpu"), quiet) as session:
             session.quantize(backend.Job(**{asdict(_job())!r}), console.Blocks(4))
     """
-    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)])
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=env)
     try:
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
             assert parent.poll() is None
