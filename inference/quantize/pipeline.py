@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 import json
 import shlex
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import capture
+import card
 import layouts
 import packing
 from calibration import Windows, load_windows, longest_window
@@ -66,10 +67,11 @@ class _Run:
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time inside to `stages`; device work belongs to the stage that started it."""
         start = time.perf_counter()
+        before = self.stages.setdefault(name, 0.0)  # now, so that a stage stands before those inside it
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+        self.stages[name] = before + time.perf_counter() - start
 
 
 def quantize(config: QuantizeConfig, console: Console) -> Result:
@@ -88,8 +90,7 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     with CheckpointWriter(config.target, overwrite=config.may_replace) as writer:
         _blocks(run, windows, writer)
         worked = time.perf_counter() - started
-        gate = (lambda partial: _measure(run, partial, heldout)) if heldout is not None else None
-        published, measured = _finish(run, writer, windows, gate)
+        published, measured = _finish(run, writer, windows, heldout)
     rows = _rows(run, windows, measured, published, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
     return Result(
@@ -337,7 +338,9 @@ def _stored(run: _Run, name: str, tensor: Tensor) -> Tensor:
 # -- the end
 
 
-def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) -> tuple[Any, Measured | None]:
+def _finish(
+    run: _Run, writer: CheckpointWriter, windows: Windows, heldout: Tensor | None
+) -> tuple[Any, Measured | None]:
     config, source = run.config, run.source
     raw = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     raw.pop("_name_or_path", None)
@@ -357,29 +360,17 @@ def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) ->
     extra: dict[str, dict[str, Any]] = {}
     if config.file_layout == "gptq":
         extra["quantize_config.json"] = settings
-    extra["quantization_report.json"] = {
-        "method": config.method,
-        "bits": config.bits,
-        "group_size": config.group_size,
-        "symmetric": config.symmetric,
-        "format": config.file_layout,
-        "quality": config.quality,
-        "seed": config.calibration.seed,
-        "calibration": {"tokens": windows.tokens.numel(), "sha256": windows.fingerprint},
-        "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers")},
-        "seconds": {name: round(seconds, 2) for name, seconds in run.stages.items()},
-        "layers": [asdict(r) | {"seconds": round(r.seconds, 3)} for r in run.reports],
-    }
     measured: list[Measured] = []
 
     def check(partial: Path) -> None:
-        if gate is not None:
-            measured.append(gate(partial))
+        if heldout is not None:
+            measured.append(measure(source, partial, heldout, run.device))
             _within(config, measured[0])
+        card.write(partial, _facts(run, windows, heldout, measured[0] if measured else None))
 
     published = writer.finish(
         raw,
-        source.side_files(),
+        [file for file in source.side_files() if file.name not in card.OWN],
         extra,
         layout=config.file_layout,
         bits=config.bits,
@@ -389,8 +380,24 @@ def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) ->
     return published, measured[0] if measured else None
 
 
-def _measure(run: _Run, directory: Path, heldout: Tensor) -> Measured:
-    return measure(run.source, directory, heldout, run.device)
+def _facts(run: _Run, windows: Windows, heldout: Tensor | None, measured: Measured | None) -> card.Facts:
+    source = run.source
+    return card.Facts(
+        config=run.config,
+        directory=source.directory,
+        source_bytes=_source_bytes(source),
+        architecture=type(source.skeleton).__name__,
+        tied=bool(getattr(source.config.get_text_config(), "tie_word_embeddings", False)),
+        windows=windows,
+        heldout_sha256=None if heldout is None else hashlib.sha256(heldout.numpy().tobytes()).hexdigest(),
+        damping=run.options.damping,
+        layers=run.reports,
+        measured=measured,
+    )
+
+
+def _source_bytes(source: Source) -> int:
+    return sum(path.stat().st_size for path in set(source.files.values()))
 
 
 def _within(config: QuantizeConfig, measured: Measured) -> None:
@@ -410,13 +417,16 @@ def _within(config: QuantizeConfig, measured: Measured) -> None:
 def _rows(
     run: _Run, windows: Windows, measured: Measured | None, published: Any, worked: float, total: float
 ) -> list[tuple[str, str]]:
-    before = sum(path.stat().st_size for path in set(run.source.files.values()))
+    before = _source_bytes(run.source)
     worst = max(run.reports, key=lambda r: r.error)
+    slowest = max(run.reports, key=lambda r: r.seconds)
     rows = [
         ("written", str(run.config.target)),
         ("size", f"{before / 2**20:,.1f} MiB -> {published.tensor_bytes / 2**20:,.1f} MiB"),
         ("calibration", str(windows)),
         ("time", f"{duration(total)}, of which quantization {duration(worked)}"),
+        ("stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items())),
+        ("slowest layer", f"{slowest.name}: {slowest.seconds:.2f} s"),
         ("worst layer", f"{worst.name}: relative output error {worst.error:.2e}"),
     ]
     fallbacks = sum(r.fallback is not None for r in run.reports)
