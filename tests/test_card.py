@@ -46,6 +46,7 @@ def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: A
         config=config,
         directory=directory,
         source_bytes=4 << 20,
+        quantized_bytes=1 << 20,
         architecture="LlamaForCausalLM",
         tied=False,
         windows=Windows(tokens, 3, 40, 2, "/home/someone/text.txt", "f" * 64),
@@ -60,8 +61,8 @@ def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: A
 def make(target: Path, told: card.Facts) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Text of the card, its metadata, the report."""
     target.mkdir(exist_ok=True)
-    (target / "model.safetensors").write_bytes(b"\0" * (1 << 20))
-    card.write(target, told)
+    for name, content in card.files(told).items():
+        (target / name).write_bytes(content)
     text = (target / card.CARD).read_text("utf-8")
     return (
         text,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -97,6 +98,8 @@ def test_published(
         )
         assert trivial == (not dynamic or group == -1)
     unchanged(run, EMBEDDED_MODEL, torch.float16, CLOSE[bits])
+    # AutoGPTQ cannot do without the tied head's copy, and others need not have it.
+    assert ("lm_head.weight" in read_tensors(run.path)[0]) == ("--format gptq" in words)
     sides(run.path, EMBEDDED_MODEL)
 
 
@@ -105,7 +108,10 @@ def unchanged(run: Finished, source: Path, dtype: torch.dtype, close: float) -> 
     found = dequantize_directory(run.path)
     before, _ = read_tensors(source)
     _, dtypes = read_tensors(run.path)
-    assert set(found) == set(before)
+    head = {"lm_head.weight"} - set(before)
+    if head & set(found):  # of a tied model, where the layout was asked for by name
+        assert np.array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert set(found) - head == set(before)
     assert set(run.weights) <= set(found)
     for name, tensor in before.items():
         now = torch.from_numpy(found[name])
@@ -267,7 +273,7 @@ def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Pa
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file."""
+    """Every file's bytes."""
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
@@ -325,12 +331,18 @@ def test_failure_leaves_nothing(method: str, tmp_path: Path, capsys: pytest.Capt
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 1), (OSError("bad"), 1)]
-)
-def test_interruption_leaves_the_old_one(
-    error: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (MemoryError, 1), (OSError, 1)])
+@pytest.mark.parametrize("keep", [True, False])
+def test_interruption(
+    error: type[BaseException],
+    code: int,
+    keep: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: Runs,
 ) -> None:
+    """The old one stays, and what is done is kept for the same command unless that is not wanted."""
     target = tmp_path / "out"
     shutil.copytree(runs("gptq").path, target)
     before = contents(target)
@@ -339,12 +351,20 @@ def test_interruption_leaves_the_old_one(
     def failing(*args: Any) -> Any:
         count[0] += 1
         if count[0] == 3:
-            raise error
+            raise error("bad")
         return solve_block(*args)
 
-    monkeypatch.setattr(pipeline, "solve_block", failing)
-    assert gptq_quantize.main([*QUICK, "--output_path", str(target), "--overwrite"]) == code
+    words = [*QUICK, "--output_path", str(target), "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "solve_block", failing)
+        assert gptq_quantize.main([*words, *(() if keep else ("--no_resume",))]) == code
     assert contents(target) == before
+    told = "; 2 of 4 blocks are kept, the same command goes on there" in said(capsys)
+    assert told == keep
+    assert {p.name for p in tmp_path.iterdir()} == {"out"} | ({".out.partial"} if keep else set())
+    assert gptq_quantize.main(words) == 0
+    assert ("going on after 2 of 4 blocks" in capsys.readouterr().err) == keep
+    assert contents(target) == contents(runs("gptq", *QUICK).path)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import InputError, WorkError
+from errors import FinalError, InputError
 from source import Source
 
 
@@ -305,7 +305,7 @@ def capture(
 
 @torch.no_grad()
 def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], batch: MicroBatch) -> None:
-    """Replaces the states by what the block makes of them. Errors: `WorkError` where they are not finite."""
+    """Replaces the states by what the block makes of them. Errors: `FinalError` where they are not finite."""
     finite = torch.ones((), dtype=torch.bool, device=states.device)
     start = 0
     while start < len(states):
@@ -321,7 +321,7 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
         states.put(start, stop, result)
         start = stop
     if not bool(finite):
-        raise WorkError(
+        raise FinalError(
             f"the states after {name} are not finite: the model overflows {states.data.dtype}; "
             "use a BF16 copy of the model, or --device cpu (which computes in FP32)"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -41,12 +40,13 @@ HELD = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that is told. `directory`: the source's; `source_bytes` of its weights; `heldout_sha256` of the tokens
+    """All that is told. `directory`: the source's; `*_bytes` of the files of weights; `heldout_sha256` of the tokens
     measured on; `layers` in the order in which they were quantized; `damping` that was asked for."""
 
     config: QuantizeConfig
     directory: Path
     source_bytes: int
+    quantized_bytes: int
     architecture: str
     tied: bool
     windows: Windows
@@ -56,27 +56,18 @@ class Facts:
     measured: Measured | None
 
 
-def write(target: Path, facts: Facts) -> None:
-    """Writes `OWN` into `target`, which holds the finished weights. Errors: `OSError`."""
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    report = _report(facts, size)
-    _save(target / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+def files(facts: Facts) -> dict[str, bytes]:
+    """Those of `OWN` that there are, by name."""
+    report = _report(facts)
+    found = {REPORT: (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()}
     base = facts.directory / CARD
-    kept = base.is_file()
-    if kept:
-        _save(target / BASE_CARD, base.read_bytes())
+    if base.is_file():
+        found[BASE_CARD] = base.read_bytes()
     picture = plot(facts.layers)
     if picture is not None:
-        _save(target / PLOT, picture)
-    text = "".join(_card(facts, report, kept, picture is not None))
-    _save(target / CARD, text.encode())
-
-
-def _save(file: Path, content: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+        found[PLOT] = picture
+    text = "".join(_card(facts, report, BASE_CARD in found, picture is not None))
+    return found | {CARD: text.encode()}
 
 
 # -- names that may be told
@@ -123,7 +114,7 @@ def command(config: QuantizeConfig) -> str:
     else:
         for name in ("desc_act", "act_order_groups", "damp_percent", "sym"):
             option(name, getattr(config, name))
-    option("format", config.file_layout)
+    option("format", config.layout)  # as given: asking for gptq by name also stores a tied head twice
     option("quality", config.quality)
     calibration = config.calibration
     if not (config.embedded and calibration.data == str(EMBEDDED_CALIBRATION)):
@@ -152,7 +143,7 @@ def _data(place: str) -> str:
 # -- the report
 
 
-def _report(facts: Facts, size: int) -> dict[str, Any]:
+def _report(facts: Facts) -> dict[str, Any]:
     config, calibration, measured = facts.config, facts.config.calibration, facts.measured
     report: dict[str, Any] = {
         "base_model": base_model(config),
@@ -175,7 +166,7 @@ def _report(facts: Facts, size: int) -> dict[str, Any]:
             "seed": calibration.seed,
             "sha256": facts.windows.fingerprint,
         },
-        "bytes": {"source": facts.source_bytes, "quantized": size},
+        "bytes": {"source": facts.source_bytes, "quantized": facts.quantized_bytes},
         "measured": None,
         "warnings": list(_warnings(facts)),
         "layers": [layer(each) for each in facts.layers],
@@ -340,7 +331,7 @@ def _use(facts: Facts, name: str) -> str:
             "from awq import AutoAWQForCausalLM",
             f'model = AutoAWQForCausalLM.from_quantized("./{name}", fuse_layers=False)',
         ]
-    elif config.file_layout == "gptq" and not facts.tied:
+    elif config.file_layout == "gptq" and (config.layout == "gptq" or not facts.tied):
         lines += [
             "# AutoGPTQ",
             "from auto_gptq import AutoGPTQForCausalLM",

@@ -11,3 +11,7 @@ class WorkError(Exception):
     """The work itself failed (disk full, damaged shard, no memory): one line. Exit code 1."""
 
     exit_code = 1
+
+
+class FinalError(WorkError):
+    """A failure that the same command would meet again: nothing is kept for it to go on from."""
