@@ -84,6 +84,18 @@ class States:
         self.data[start:stop].copy_(value, non_blocking=self.data.is_pinned())
 
 
+def copied(states: States) -> States:
+    """The same states once more, in the same place."""
+    copy = States(
+        (len(states), states.length, states.data.shape[2]),
+        states.data.dtype,
+        states.data.device,
+        states.device,
+    )
+    copy.data.copy_(states.data)
+    return copy
+
+
 @dataclass(slots=True)
 class Calls:
     """The keyword arguments that each block is called with beside its states."""

@@ -35,11 +35,20 @@ class Follower:
     """One block of the source and its states, beside the block that is being quantized."""
 
     def __init__(
-        self, block: nn.Module, reference: capture.States, states: capture.States, kwargs: dict[str, Any]
+        self,
+        block: nn.Module,
+        reference: capture.States,
+        states: capture.States,
+        kwargs: dict[str, Any],
+        batch: capture.MicroBatch,
     ) -> None:
         self.twin = copy.deepcopy(block)
-        self.reference, self.states, self.kwargs = reference, states, kwargs
+        self.reference, self.states, self.kwargs, self.batch = reference, states, kwargs, batch
         self.writers = capture.residual_writers(block, states, kwargs)
+
+    def advance(self, name: str) -> None:
+        """Brings the source's states past this block. Errors: `FinalError` where they are not finite."""
+        capture.replay(self.twin, name, self.reference, self.kwargs, self.batch)
 
     def weight(self, path: str) -> Tensor:
         """The source's weight of a linear, float32 (out, in)."""
@@ -47,9 +56,7 @@ class Follower:
         assert isinstance(module, nn.Linear)
         return module.weight.detach().float()
 
-    def drift(
-        self, block: nn.Module, paths: list[str], channels: Tensor | None, batch: capture.MicroBatch
-    ) -> Drift | None:
+    def drift(self, block: nn.Module, paths: list[str], channels: Tensor | None) -> Drift | None:
         """The drift of the group `paths`, whose predecessors in `block` are quantized; None where it is not finite.
 
         channels: what the group's inputs have been divided by since (in), or None.
@@ -64,14 +71,14 @@ class Follower:
         stream = CrossMoment(first.out_features, first.in_features, device) if writes else None
         start = 0
         while start < len(self.states):
-            stop = min(start + batch.windows, len(self.states))
+            stop = min(start + self.batch.windows, len(self.states))
             try:
                 aimed, r_aimed = capture.inputs_of(
                     self.twin, self.reference.get(start, stop), self.kwargs, path, before
                 )
                 x, r = capture.inputs_of(block, self.states.get(start, stop), self.kwargs, path, before)
             except torch.cuda.OutOfMemoryError:
-                if not batch.halve():
+                if not self.batch.halve():
                     raise
                 torch.cuda.empty_cache()
                 continue

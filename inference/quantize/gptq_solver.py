@@ -78,15 +78,15 @@ def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10
         damping = max(damping * 10, 1e-3)
 
 
-def follow(W: Tensor, drift: Tensor, factor: Factor) -> Tensor:
+def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
     """The weights that come closest to a target which `W` misses because its inputs have changed: float32 (out, in).
 
     For inputs `x` where the target is `W x + e`, the least squares of `(W + C) x` against it, damped towards `C = 0`,
-    is `C = E[e x^T] H^-1`. drift: `E[e x^T]`, (out, in); factor: of the second moment of `x`. With the inputs `x~` of
-    a model that was not quantized, `e = W (x~ - x)`: what GPTAQ (arXiv:2504.02692) adds column by column.
+    is `C = E[e x^T] H^-1`. missed: `E[e x^T]`, (out, in); factor: of the second moment of `x`. With the inputs `x~` of
+    a model that was not quantized, `e = W (x~ - x)`: the aim of GPTAQ (arXiv:2504.02692), here all columns at once.
     """
     correction = torch.empty_like(W)
-    correction[:, factor.order] = drift[:, factor.order] @ factor.R.T @ factor.R
+    correction[:, factor.order] = missed[:, factor.order] @ factor.R.T @ factor.R
     return W + correction
 
 

@@ -27,6 +27,7 @@ from console import Console, duration
 from errors import FinalError, InputError, WorkError
 from evaluate import Measured, QuantizedSource, heldout_windows, measure, pick_device, sample
 from folds import Fold, exact_folds, find_folds, unknown
+from follow import Follower
 from hub import resolve_model
 from journal import Journal
 from moments import SecondMoment
@@ -245,15 +246,15 @@ def _blocks(
     with run.console.blocks(len(source.blocks)) as progress:
         if done < len(source.blocks):
             with run.stage("embed"):
-                states, calls = capture.embed(
-                    source, windows.tokens, _home(run, windows.tokens), device, run.compute
-                )
+                home = _home(run, windows.tokens)
+                states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
+                reference = capture.copied(states) if run.options.effort.follow else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
             if done < len(source.blocks):
                 progress.step("replay of what is done")
                 with run.stage("replay of what is done"):
-                    _catch_up(run, writer, kept, states, calls, batch)
+                    _catch_up(run, writer, kept, states, reference, calls, batch)
             progress.skip(done)
         for index in range(done, len(source.blocks)):
             name, block = source.blocks[index], source.modules[index]
@@ -263,14 +264,21 @@ def _blocks(
             kwargs = calls.kwargs[index]
             groups = capture.distinct_inputs(block, states, kwargs)
             _all_reached(source, index, groups)
-            progress.step("capture")
-            with run.stage("capture"):
-                moments = _moments(run, block, name, states, kwargs, groups, batch)
             folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+            moments: list[Tensor | None] = [None] * len(groups)
+            if folds or reference is None:
+                progress.step("capture")
+                with run.stage("capture"):
+                    moments = _moments(run, block, name, states, kwargs, groups, batch)
             changes = BlockChanges()
+            follower = None
+            if reference is not None:
+                follower = Follower(block, reference, states, kwargs, batch)
             reported = len(run.reports)
             with run.stage("solve and write"):
-                for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
+                for solved in solve_block(
+                    block, name, groups, moments, folds, run.options, changes, follower
+                ):
                     progress.step(f"solved {solved.path}")
                     with run.stage("of which write"):
                         _write(run, writer, name, solved)
@@ -281,6 +289,9 @@ def _blocks(
                 with run.stage("replay"):
                     kept.wait()
                     capture.replay(block, name, states, kwargs, batch)
+                    if follower is not None:
+                        follower.advance(name)
+            del follower
             source.release(block)
             writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
             if index + 1 < len(source.blocks):
@@ -296,14 +307,23 @@ def _catch_up(
     writer: CheckpointWriter,
     kept: KeptStates,
     states: capture.States,
+    reference: capture.States | None,
     calls: capture.Calls,
     batch: capture.MicroBatch,
 ) -> None:
-    """Brings the states to where the first block that is not done takes them, through those in the files.
+    """Brings the states to where the first block that is not done takes them, through those in the files; and the
+    source's own, where they are followed, through the source's blocks.
 
     In the same micro-batches as then: their size can change the last bits of a product.
     """
     done = len(writer.steps)
+    if reference is not None:
+        for index in range(done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], run.source.modules[index]
+            run.source.load(block, name, run.device, run.compute)
+            capture.replay(block, name, reference, calls.kwargs[index], batch)
+            run.source.release(block)
     start = kept.restore(states, done)
     if start < done:
         quantized = QuantizedSource(run.source, writer.directory)
@@ -321,7 +341,7 @@ def _home(run: _Run, tokens: Tensor) -> torch.device:
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
-    needed = tokens.numel() * width * run.compute.itemsize
+    needed = tokens.numel() * width * run.compute.itemsize * (2 if run.options.effort.follow else 1)
     free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
