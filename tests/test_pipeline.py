@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from conftest import MAIN, Finished, Runs
 from evaluate import Measured, measure
 from models import CPU, FAMILIES, write
+from moments import SecondMoment
 from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
 from solve import solve_block
 from source import Source
@@ -310,6 +312,70 @@ def test_existing_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (target / "mark").exists()
     assert json.loads((target / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+class _Full:
+    """Raises an out-of-memory error at the calls with the given numbers, counted from 0."""
+
+    def __init__(self, real: Callable[..., Any], *numbers: int) -> None:
+        self.real, self.numbers, self.count = real, numbers, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        if self.count - 1 in self.numbers:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.34 GiB. GPU 0 has")
+        return self.real(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("source.Source.load", 4),
+        ("moments.SecondMoment.finish", 9),
+        ("solve.factorize", 9),
+        ("solve.descend", 9),
+        ("capture.forward", 3),  # to see which linears share an input
+        ("capture.forward", 4),  # for second moments
+        ("capture.forward", 5),  # replay
+    ],
+)
+def test_out_of_memory_once(
+    where: str,
+    call: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: Runs,
+) -> None:
+    """Tried again with less at a time: what comes out is as good, and nothing is there twice."""
+    module, _, attribute = where.rpartition(".")
+    owner: Any = {"source.Source": Source, "moments.SecondMoment": SecondMoment}.get(module) or sys.modules[
+        module
+    ]
+    full = _Full(getattr(owner, attribute), call)
+    monkeypatch.setattr(owner, attribute, lambda *args, **kwargs: full(*args, **kwargs))
+    target = tmp_path / "out"
+    assert gptq_quantize.main([*QUICK, "--output_path", str(target)]) == 0
+    assert full.count > call + 1
+    told = "out of memory on cpu, tried again with" in capsys.readouterr().err
+    # In capture and replay smaller portions are taken at once.
+    assert told == ((where, call) not in {("capture.forward", 4), ("capture.forward", 5)})
+    found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
+    assert set(found) == set(expected)
+    report = json.loads((target / "quantization_report.json").read_text())
+    assert len(report["layers"]) == 28
+    assert all(layer["error"] < 0.05 for layer in report["layers"])
+
+
+def test_out_of_memory_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("solve.factorize", _Full(lambda: None, *range(1000)))
+    assert gptq_quantize.main([*QUICK, "--output_path", str(tmp_path / "out")]) == 1
+    line = said(capsys)
+    assert "out of memory on cpu in model.layers.0 (1.34 GiB more were asked for)" in line
+    assert "--calib_seq_len" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def broken(directory: Path, value: float) -> Path:

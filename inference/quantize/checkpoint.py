@@ -196,6 +196,15 @@ class CheckpointWriter:
         self._layers[layer] = [digest(_on_host(part)) for part in (q, scale, zero)]
         self._step_layers.append(layer)
 
+    def forget(self) -> None:
+        """Drops what was added since the last commit: it will be added again."""
+        self.wait()
+        for name in self._step:
+            del self._digests[name]
+        for layer in self._step_layers:
+            del self._layers[layer]
+        self._step, self._step_layers = [], []
+
     def commit(self, data: Any) -> None:
         """Ends a step: all that was added is on disk, and then listed with `data` (JSON values) in the journal."""
         names, layers = self._step, {name: self._layers[name] for name in self._step_layers}

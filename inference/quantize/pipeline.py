@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 import tempfile
 import time
@@ -23,7 +24,7 @@ import packing
 from calibration import Windows, load_windows, longest_window
 from checkpoint import CheckpointWriter
 from config import EMBEDDED_MODEL, QuantizeConfig
-from console import Console, duration
+from console import Blocks, Console, duration
 from errors import FinalError, InputError, WorkError
 from evaluate import Measured, QuantizedSource, heldout_windows, measure, pick_device, sample
 from folds import Fold, exact_folds, find_folds, unknown
@@ -257,40 +258,28 @@ def _blocks(
                     _catch_up(run, writer, kept, states, reference, calls, batch)
             progress.skip(done)
         for index in range(done, len(source.blocks)):
-            name, block = source.blocks[index], source.modules[index]
-            progress.step("load")
-            with run.stage("load"):
-                source.load(block, name, device, run.compute)
-            kwargs = calls.kwargs[index]
-            groups = capture.distinct_inputs(block, states, kwargs)
-            _all_reached(source, index, groups)
-            folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
-            moments: list[Tensor | None] = [None] * len(groups)
-            if folds or reference is None:
-                progress.step("capture")
-                with run.stage("capture"):
-                    moments = _moments(run, block, name, states, kwargs, groups, batch)
-            changes = BlockChanges()
-            follower = None
-            if reference is not None:
-                follower = Follower(block, reference, states, kwargs, batch)
-            reported = len(run.reports)
-            with run.stage("solve and write"):
-                for solved in solve_block(
-                    block, name, groups, moments, folds, run.options, changes, follower
-                ):
-                    progress.step(f"solved {solved.path}")
-                    with run.stage("of which write"):
-                        _write(run, writer, name, solved)
-            with run.stage("pass through"):
-                _pass_through(run, writer, block, index, changes)
+            while True:
+                reported = len(run.reports)
+                try:
+                    kwargs = calls.kwargs[index]
+                    follower = _block(run, index, writer, states, reference, kwargs, batch, progress)
+                    break
+                except torch.cuda.OutOfMemoryError as error:
+                    told = str(error)
+                # Outside of the handler, which would keep what the failed attempt held.
+                source.release(source.modules[index])
+                writer.forget()
+                del run.reports[reported:]
+                streams = [states] if reference is None else [states, reference]
+                _relieve(run, source.blocks[index], streams, batch, told)
+            block = source.modules[index]
             if index + 1 < len(source.blocks):
                 progress.step("replay")
                 with run.stage("replay"):
                     kept.wait()
-                    capture.replay(block, name, states, kwargs, batch)
+                    capture.replay(block, source.blocks[index], states, kwargs, batch)
                     if follower is not None:
-                        follower.advance(name)
+                        follower.advance(source.blocks[index])
             del follower
             source.release(block)
             writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
@@ -300,6 +289,65 @@ def _blocks(
     with run.stage("pass through"):
         _copy_outside(run, writer)
     writer.commit({"reports": [], "windows": batch.windows})
+
+
+def _block(
+    run: _Run,
+    index: int,
+    writer: CheckpointWriter,
+    states: capture.States,
+    reference: capture.States | None,
+    kwargs: dict[str, Any],
+    batch: capture.MicroBatch,
+    progress: Blocks,
+) -> Follower | None:
+    """Quantizes one block and hands everything of it to the writer; the states stay as they are.
+
+    reference: the source's own states, where they are followed; the result takes them on.
+    """
+    source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
+    progress.step("load")
+    with run.stage("load"):
+        source.load(block, name, run.device, run.compute)
+    groups = capture.distinct_inputs(block, states, kwargs)
+    _all_reached(source, index, groups)
+    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+    moments: list[Tensor | None] = [None] * len(groups)
+    if folds or reference is None:
+        progress.step("capture")
+        with run.stage("capture"):
+            moments = _moments(run, block, name, states, kwargs, groups, batch)
+    follower = None if reference is None else Follower(block, reference, states, kwargs, batch)
+    changes = BlockChanges()
+    with run.stage("solve and write"):
+        for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
+            progress.step(f"solved {solved.path}")
+            with run.stage("of which write"):
+                _write(run, writer, name, solved)
+    with run.stage("pass through"):
+        _pass_through(run, writer, block, index, changes)
+    return follower
+
+
+def _relieve(
+    run: _Run, name: str, streams: list[capture.States], batch: capture.MicroBatch, told: str
+) -> None:
+    """After memory ran out in a block: gives up what can be done without, for another attempt.
+
+    Errors: `WorkError` where nothing is left, saying how much would have been needed; `told`: PyTorch's words.
+    """
+    moved = sum(states.to_host() for states in streams) > 0
+    if moved or batch.halve():
+        torch.cuda.empty_cache()
+        how = "the states in host memory" if moved else f"{batch.windows} windows at a time"
+        run.console.warn(f"{name}: out of memory on {run.device}, tried again with {how}")
+        return
+    match = re.search(r"allocate ([\d.]+) ([KMG])iB", told)
+    more = f" ({match[1]} {match[2]}iB more were asked for)" if match else ""
+    raise WorkError(
+        f"out of memory on {run.device} in {name}{more}, with one window at a time and the states in host memory: "
+        "free the GPU, raise --max_memory, lower --calib_seq_len, or take --device cpu"
+    )
 
 
 def _catch_up(
