@@ -40,6 +40,7 @@ COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
     ("awq", "--bits 8", "compressed-tensors", 8, False, 128),
     ("awq", "--bits 8 --zero_point no --group_size -1", "compressed-tensors", 8, True, -1),
     ("awq", "--bits 8 --format gptq --group_size 32", "gptq", 8, False, 32),
+    ("awq", "--quality best", "awq", 4, False, 128),
     ("gptq", "", "gptq", 4, True, 128),
     ("gptq", "--desc_act false", "gptq", 4, True, 128),
     ("gptq", "--group_size 32", "gptq", 4, True, 32),
@@ -254,8 +255,11 @@ def test_beats_rounding_to_nearest(
 
 
 def test_quality_buys_something(runs: Runs, compare: Callable[[Path], Measured]) -> None:
-    fast, default = (compare(runs("gptq", *words, *MORE).path).kl for words in (["--quality", "fast"], []))
+    fast, default, best = (
+        compare(runs("gptq", "--quality", quality, *MORE).path).kl for quality in ("fast", "default", "best")
+    )
     assert default < fast
+    assert best < 0.95 * default
 
 
 def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Path], Measured]) -> None:
