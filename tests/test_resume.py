@@ -172,6 +172,18 @@ def test_what_differs_is_told(
     assert not place(target).exists()
 
 
+def test_pickled_weights_are_known_again(models: Any, tmp_path: Path) -> None:
+    """They are converted anew by each run, into another place."""
+    from safetensors.torch import load_file
+
+    model = Path(shutil.copytree(models(torch.bfloat16), tmp_path / "model"))
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    arguments = [*words(model, tmp_path / "out"), "--allow_pickle"]
+    assert len(interrupted("gptq", arguments, 2)) == 2
+    assert len(interrupted("gptq", arguments, BLOCKS)) == 1
+
+
 def test_a_failed_limit_keeps_nothing(models: Any, tmp_path: Path) -> None:
     """The same command would fail again; with another limit the work is to be done again too."""
     assert MAIN["gptq"]([*words(models(torch.bfloat16), tmp_path / "out"), "--max_kl", "0"]) == 1

@@ -122,6 +122,7 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
     return R
 
 
+@kernels.tensor_cores()
 def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     """GPTQ's recursion over the static groups of `grid`: integers, uint8 (out, in), in the channels' own order.
 
@@ -151,6 +152,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     return result.T.contiguous()
 
 
+@kernels.tensor_cores()
 def descend(
     W: Tensor, q: Tensor, grid: Grid, spec: GridSpec, H: Tensor, *, sweeps: int, refit: bool
 ) -> tuple[Tensor, Grid]:

@@ -7,6 +7,7 @@ from the safetensors files to the device. Blocks and linears are found from the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def convert_pickles(directory: Path, into: Path) -> Path:
         name = f"model-{number:05d}.safetensors"
         tensors = {k: v.contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, into / name, metadata={"format": "pt"})
+        # As old as what it was made from, by which an interrupted run knows the model again.
+        os.utime(into / name, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns))
         weight_map.update(dict.fromkeys(tensors, name))
     (into / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for path in directory.iterdir():
