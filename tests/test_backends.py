@@ -568,6 +568,12 @@ def test_a_library_run_is_published_as_it_was_written(
     report = json.loads((out / "quantization_report.json").read_text())
     assert report["backend"] == "optimum"
     assert set(report["versions"]) >= {"numpy"}
+    card = (out / "README.md").read_text()
+    assert "quantized to 4 bits by GPTQ with Optimum 2.3.0: symmetric, groups of 128" in card
+    assert "--backend optimum" in card
+    assert "--quality" not in card
+    assert "## Layers" not in card
+    assert not (out / "quantization_error.png").exists()
     said = capsys.readouterr()
     assert re.search(r"by +numpy \d", said.out)
     assert "quantize 2.0 s" in said.out

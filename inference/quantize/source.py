@@ -317,7 +317,8 @@ class Source:
                 raise WorkError(
                     f"{full} is {tuple(tensor.shape)} in the weights and {tuple(parameter.shape)} in the config"
                 )
-            tensor = tensor.to(dtype)
+            # Never the mapped file's own memory: what is written into it would be read again.
+            tensor = tensor.to(dtype, copy=tensor.device.type == "cpu")
             if not bool(torch.isfinite(tensor).all()):
                 raise FinalError(f"{full} has NaN or infinite weights: the {self.what} is broken")
             _set(module, name, nn.Parameter(tensor, requires_grad=False))
