@@ -519,7 +519,9 @@ def test_a_failed_installation_is_told_and_tried_again(installer: Installer, awq
 def test_two_starts_at_once_install_once(installer: Installer, awq: Path) -> None:
     with ThreadPoolExecutor() as both:
         # Whichever comes first installs, slowly enough that the other finds it at work.
-        starts = [both.submit(installer.start, awq, LLM_QUANTIZE_DEVICE="cpu", UV_TAKES="2") for _ in range(2)]
+        starts = [
+            both.submit(installer.start, awq, LLM_QUANTIZE_DEVICE="cpu", UV_TAKES="2") for _ in range(2)
+        ]
         assert [start.result().code for start in starts] == [0, 0]
     assert [call[1] for call in installer.calls()] == ["venv", "pip"]
 

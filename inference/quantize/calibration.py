@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import corpus
 from config import CalibrationConfig
-from errors import InputError
-from hub import one_line
+from errors import InputError, one_line
 
 if TYPE_CHECKING:
     import torch

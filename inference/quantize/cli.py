@@ -37,8 +37,8 @@ from config import (
     QuantizeConfig,
     default_calibration,
 )
-from console import Console, one_line
-from errors import InputError, WorkError
+from console import Console
+from errors import InputError, WorkError, one_line
 
 DEBUG = "LLM_QUANTIZE_DEBUG"
 OTHER: dict[Method, Method] = {"awq": "gptq", "gptq": "awq"}

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from errors import InputError
-from hub import REPO_ID, hub_reason, looks_like_path, one_line
+from errors import InputError, one_line
+from hub import REPO_ID, hub_reason, looks_like_path
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
 LOCAL = "a local .txt, .jsonl, .json, .csv or .parquet file, or a directory from save_to_disk"

@@ -1,4 +1,8 @@
-"""The two ways a run can end badly, each with its exit code. Knows nothing else."""
+"""The two ways a run can end badly, each with its exit code, and how a cause is told in one line."""
+
+from __future__ import annotations
+
+LONGEST = 300  # characters of a cause; libraries put whole files into theirs
 
 
 class InputError(Exception):
@@ -11,3 +15,17 @@ class WorkError(Exception):
     """The work itself failed (disk full, damaged shard, no memory): one line. Exit code 1."""
 
     exit_code = 1
+
+
+def one_line(what: object, limit: int | None = None) -> str:
+    """`what` on one line: white space runs become a blank, other control characters a question mark.
+
+    An exception without a message gives its class's name. Exceptions are cut at `LONGEST` characters, other
+    things at `limit`; None: not at all.
+    """
+    text = " ".join(str(what).split())
+    if isinstance(what, BaseException):
+        text = text or type(what).__name__
+        limit = limit or LONGEST
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if limit is None or len(text) <= limit else text[: limit - 1] + "…"

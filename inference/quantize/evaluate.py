@@ -28,8 +28,8 @@ from torch import Tensor
 import capture
 from calibration import load_windows, longest_window
 from config import EMBEDDED_HELDOUT, CalibrationConfig, QuantizeConfig
-from console import Console, one_line
-from errors import InputError, WorkError
+from console import Console
+from errors import InputError, WorkError, one_line
 from hub import resolve_model
 from saved import Saved, dequantized
 from source import Source

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import InputError, WorkError
+from errors import InputError, WorkError, one_line
 
 REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
@@ -158,12 +158,6 @@ def hub_reason(error: BaseException, kind: str, repo: str, revision: str | None 
     if first(errors.LocalEntryNotFoundError):
         return f"{kind} {repo} is not in the cache, or not all of it, and the hub cannot be reached"
     return f"cannot load {kind} {repo}: {one_line(error)}"
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an exception on one line, or its name where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

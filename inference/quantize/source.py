@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from errors import InputError, WorkError
+from errors import InputError, WorkError, one_line
 
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 # Heads of other tasks, whose weights transformers would put under a language model's head without a word.
@@ -192,7 +192,7 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise InputError(f"config.json is not usable: {_one_line(error)}") from None
+            raise InputError(f"config.json is not usable: {one_line(error)}") from None
         # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
         text = config.get_text_config()
         attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
@@ -210,14 +210,14 @@ class Source:
                 raise InputError(
                     f"{type(config).__name__} is not a causal LM: nothing to quantize here"
                 ) from None
-            raise InputError(f"cannot build the model: {_one_line(error)}") from None
+            raise InputError(f"cannot build the model: {one_line(error)}") from None
         except Exception as error:
-            raise InputError(f"cannot build the model: {_one_line(error)}") from None
+            raise InputError(f"cannot build the model: {one_line(error)}") from None
         skeleton.eval()
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise InputError(f"no usable tokenizer in {directory}: {_one_line(error)}") from None
+            raise InputError(f"no usable tokenizer in {directory}: {one_line(error)}") from None
         # Without its files some classes come up empty instead of failing.
         if not set(tokenizer("some text")["input_ids"]) - set(tokenizer.all_special_ids):
             raise InputError(f"no usable tokenizer in {directory}: copy its files there (tokenizer.json)")
@@ -259,7 +259,7 @@ class Source:
                 self._handles[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise WorkError(
-                    f"shard {path.name} is damaged ({_one_line(error)}): download it again"
+                    f"shard {path.name} is damaged ({one_line(error)}): download it again"
                 ) from None
         return self._handles[path]
 
@@ -274,7 +274,7 @@ class Source:
         except (SafetensorError, OSError, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise WorkError(f"cannot read {stored} from {path.name}: {_one_line(error)}") from None
+            raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
 
     def load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         """Gives every parameter of `module` (named `prefix`) its weights on `device`; buffers move along.
@@ -375,11 +375,6 @@ def _find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:200]
 
 
 __all__ = ["Linear", "Source", "convert_pickles", "examine_config", "read_json", "tensor_files"]
