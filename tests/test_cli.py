@@ -210,9 +210,7 @@ def test_every_argument_arrives() -> None:
     )
     assert cli.parse("gptq", line.split()) == QuantizeConfig(
         method="gptq",
-        calibration=CalibrationConfig(
-            data="c4", samples=7, seq_len=64, column="a-b", seed=9, trust_remote_code=True
-        ),
+        calibration=CalibrationConfig(data="c4", samples=7, seq_len=64, column="a-b", seed=9),
         model_path="m/n",
         output_path="o",
         bits=3,

@@ -300,8 +300,6 @@ def parse(method: Method, argv: Sequence[str]) -> QuantizeConfig:
     chosen = {key: given.pop(f"calib_{key}") for key in CALIBRATION if f"calib_{key}" in given}
     if "seed" in given:
         chosen["seed"] = given.pop("seed")
-    if given.get("trust_remote_code"):
-        chosen["trust_remote_code"] = True
     values = {key: getattr(calibration, key) for key in CalibrationConfig.__dataclass_fields__} | chosen
     try:
         return QuantizeConfig(method=method, calibration=CalibrationConfig(**values), **given)

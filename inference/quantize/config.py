@@ -44,7 +44,6 @@ class CalibrationConfig:
     seq_len: int = 512
     column: str | None = None
     seed: int = 0
-    trust_remote_code: bool = False
 
 
 def default_calibration(method: Method, *, embedded: bool) -> CalibrationConfig:

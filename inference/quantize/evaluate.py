@@ -325,7 +325,6 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
         seq_len=args.seq_len or min(EVAL_SEQ_LEN, longest or EVAL_SEQ_LEN),
         column=args.column,
         seed=args.seed,
-        trust_remote_code=args.trust_remote_code,
     )
     tokens = _windows(asked, source.tokenizer, console.warn, "--")
     results = []
