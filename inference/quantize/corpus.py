@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from errors import InputError, one_line
-from hub import REPO_ID, hub_reason, looks_like_path
+from hub import HUB_TIMEOUT, REPO_ID, hub_reason, looks_like_path
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
 LOCAL = "a local .txt, .jsonl, .json, .csv or .parquet file, or a directory from save_to_disk"
@@ -287,7 +287,7 @@ def _builder(source: HubData) -> Any:
     # Asked first and once: `datasets` tries an unreachable hub for half a minute, and loses the reason.
     refusal: Exception | None = None
     try:
-        HfApi().dataset_info(source.repo, timeout=10)
+        HfApi().dataset_info(source.repo, timeout=HUB_TIMEOUT)
     except Exception as error:
         refusal = error
     offline = datasets.config.HF_HUB_OFFLINE

@@ -44,6 +44,9 @@ DUPLICATES = (
 )
 
 
+HUB_TIMEOUT = 5  # seconds until a hub that says nothing counts as out of reach
+
+
 def looks_like_path(text: str) -> bool:
     """Whether `text` can only mean a place on disk: `./x`, `/x`, `~/x`, `a/b/c`, `x/`."""
     return text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1
@@ -103,12 +106,27 @@ def _snapshot(repo: str, revision: str | None, allow: list[str]) -> Path:
     quiet.logging.set_verbosity_error()  # what matters of its warnings comes back as an exception
     if not sys.stderr.isatty():
         quiet.disable_progress_bars()
+    # Asked first and once: the download's own question has no time limit.
+    refusal: Exception | None = None
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=allow, ignore_patterns=list(DUPLICATES)
+        huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+    except Exception as error:
+        refusal = error
+    try:
+        try:
+            if isinstance(refusal, huggingface_hub.errors.RevisionNotFoundError):
+                raise refusal
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=allow,
+                    ignore_patterns=list(DUPLICATES),
+                    local_files_only=refusal is not None,
+                )
             )
-        )
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            raise refusal or RuntimeError("the download left nothing in the cache") from None
     except Exception as error:
         reason = hub_reason(error, "model", repo, revision)
         if "no such model" in reason:
