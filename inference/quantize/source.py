@@ -25,7 +25,7 @@ _OTHER_HEADS = re.compile(
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _MAX_JSON = 64 << 20
-_HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
+HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,6 +138,33 @@ def examine_config(directory: Path) -> dict[str, Any]:
                 f"{name} is a mixture of {value} experts: not supported yet, only dense models are"
             )
     return config
+
+
+def with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that transformers 4 reads as transformers 5 does; a new object.
+
+    transformers 5 puts what it knows of rotary embeddings into `rope_parameters`, which older readers ignore
+    and take their default base instead. The old keys are added where they are missing and hold the same;
+    parameters by layer type, which have no old form, stay as they are.
+    """
+    result = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        result["text_config"] = with_old_rope_keys(config["text_config"])
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("rope_theta"), int | float):
+        return result
+    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    share = rest.pop("partial_rotary_factor", None)
+    scaled = rest.get("rope_type", "default") != "default"
+    if any(isinstance(value, dict) for value in rest.values()) or (scaled and share is not None):
+        return result
+    neox = config.get("model_type") == "gpt_neox"
+    old = {"rotary_emb_base" if neox else "rope_theta": parameters["rope_theta"]}
+    if share is not None:
+        old["rotary_pct" if neox else "partial_rotary_factor"] = share
+    if scaled:
+        old["rope_scaling"] = rest
+    return {**old, **result}
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +340,7 @@ class Source:
         if head is None or not parameter.startswith(f"{names[id(head)]}."):
             return stored
         leaf = parameter.removeprefix(f"{names[id(head)]}.")
-        for other in _HEAD_NAMES:
+        for other in HEAD_NAMES:
             if f"{other}.{leaf}" in self.files:
                 return f"{other}.{leaf}"
         if leaf == "weight" and getattr(self.config.get_text_config(), "tie_word_embeddings", False):
@@ -377,4 +404,13 @@ def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module.get_submodule(owner)._parameters[leaf] = parameter
 
 
-__all__ = ["Linear", "Source", "convert_pickles", "examine_config", "read_json", "tensor_files"]
+__all__ = [
+    "HEAD_NAMES",
+    "Linear",
+    "Source",
+    "convert_pickles",
+    "examine_config",
+    "read_json",
+    "tensor_files",
+    "with_old_rope_keys",
+]
