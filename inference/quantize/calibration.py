@@ -66,7 +66,7 @@ def longest_window(tokenizer: Any, max_position_embeddings: int | None = None) -
     """Tokens that tokenizer and model both allow in one sequence; None where neither says."""
     # Tokenizers without a limit give a huge number (1e30 or so) instead.
     limits = (max_position_embeddings, getattr(tokenizer, "model_max_length", None))
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
+    known = [int(x) for x in limits if isinstance(x, int | float) and 0 < x < 10**9]
     return min(known, default=None)
 
 

@@ -7,6 +7,7 @@ from the safetensors files to the device. Blocks and linears are found from the 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import InputError, WorkError, one_line
+from untrusted import AllocationLimit, TooLarge, check_counts, check_files, read_limited, shard_shapes
 
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 # Heads of other tasks, whose weights transformers would put under a language model's head without a word.
@@ -25,17 +27,16 @@ _OTHER_HEADS = re.compile(
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 _MAX_JSON = 64 << 20
+_LEAST_ELEMENTS = 1 << 26  # that a config may always ask for: 256 MB in float32
 HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Errors: `InputError` naming the file."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path.name} is larger than {_MAX_JSON >> 20} MiB: not a file of this kind")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"cannot read {path.name}: {type(error).__name__}: {error}") from None
+        found = json.loads(read_limited(path, _MAX_JSON).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, endless digits
+        raise InputError(f"cannot read {path.name}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path.name} holds no JSON object")
     return found
@@ -56,19 +57,20 @@ def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Pa
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise InputError(f"{index.name} names a shard that is not a file beside it: {shard!r}")
             files[name] = directory / shard
+        held: dict[Path, dict[str, tuple[int, ...]]] = {}
         for shard_path in sorted(set(files.values())):
             if not shard_path.is_file():
                 raise InputError(
                     f"shard {shard_path.name} is missing in {directory}: download the model again"
                 )
+            held[shard_path] = shard_shapes(shard_path)
+        for name, shard_path in files.items():
+            if name not in held[shard_path]:
+                raise InputError(f"{shard_path.name} has no tensor {name}: download the model again")
         return files
     single = directory / "model.safetensors"
     if single.is_file():
-        try:
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        except SafetensorError as error:
-            raise InputError(f"{single.name} is damaged ({error}): download the model again") from None
+        return dict.fromkeys(shard_shapes(single), single)
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         remedy = (
@@ -87,13 +89,14 @@ def convert_pickles(directory: Path, into: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    into.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
+    check_files(directory)
     shards = sorted(
         p for p in directory.iterdir() if p.suffix == ".bin" and p.name.startswith("pytorch_model")
     )
     if not shards:
         raise InputError(f"{directory} has no pytorch_model*.bin to convert")
+    into.mkdir(parents=True, exist_ok=True)
     for number, shard in enumerate(shards):
         try:
             state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
@@ -101,9 +104,18 @@ def convert_pickles(directory: Path, into: Path) -> Path:
             raise InputError(
                 f"cannot read {shard.name} without running its code: {type(error).__name__}"
             ) from None
+        if not isinstance(state, dict):
+            raise InputError(
+                f"{shard.name} holds no weights by name: convert it with the program that wrote it"
+            )
         name = f"model-{number:05d}.safetensors"
-        tensors = {k: v.contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
-        save_file(tensors, into / name, metadata={"format": "pt"})
+        tensors = {str(k): v.contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
+        try:
+            save_file(tensors, into / name, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise WorkError(
+                f"cannot store a copy of {shard.name} in {into.parent}: {one_line(error)}: set TMPDIR elsewhere"
+            ) from None
         weight_map.update(dict.fromkeys(tensors, name))
     (into / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for path in directory.iterdir():
@@ -201,13 +213,14 @@ class Source:
     @classmethod
     def open(cls, directory: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
         """Reads config and tokenizer, builds the skeleton; no weights. Errors: `InputError`."""
+        check_files(directory)
         raw = examine_config(directory)
         files = tensor_files(directory, allow_pickle=allow_pickle)
+        check_counts(raw, len(files))
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        remote = "auto_map" in raw
-        if remote and not trust_remote_code:
+        if "auto_map" in raw and not trust_remote_code:
             model_type = raw.get("model_type")
             from transformers.models.auto import configuration_auto
 
@@ -220,11 +233,13 @@ class Source:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise InputError(f"config.json is not usable: {one_line(error)}") from None
+        shapes = [s for path in set(files.values()) for s in shard_shapes(path).values()]
+        limit = AllocationLimit(max(sum(map(math.prod, shapes)), _LEAST_ELEMENTS), 100 * len(shapes) + 10_000)
         # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
         text = config.get_text_config()
         attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), limit:
                 build: Any = AutoModelForCausalLM.from_config
                 skeleton = build(
                     config,
@@ -232,6 +247,8 @@ class Source:
                     attn_implementation=attention,
                     trust_remote_code=trust_remote_code,
                 )
+        except TooLarge as error:
+            raise InputError(f"{error}: the two do not belong together") from None
         except ValueError as error:
             if "Unrecognized configuration class" in str(error):
                 raise InputError(
