@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shlex
 import tempfile
 import time
@@ -29,7 +28,7 @@ from folds import Fold, exact_folds, find_folds, unknown
 from hub import resolve_model
 from moments import SecondMoment
 from solve import EFFORTS, BlockChanges, LayerReport, Solved, SolveOptions, solve_block
-from source import Source, convert_pickles, with_old_rope_keys
+from source import Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
 
@@ -339,8 +338,7 @@ def _stored(run: _Run, name: str, tensor: Tensor) -> Tensor:
 
 def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) -> tuple[Any, Measured | None]:
     config, source = run.config, run.source
-    raw = with_old_rope_keys(json.loads((source.directory / "config.json").read_text(encoding="utf-8")))
-    raw.pop("_name_or_path", None)
+    raw = source.published_config()
     name = str(run.store).removeprefix("torch.")
     raw["dtype" if "dtype" in raw else "torch_dtype"] = name
     settings = packing.quantization_config(

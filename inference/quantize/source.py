@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from errors import InputError, WorkError, one_line
-from untrusted import AllocationLimit, TooLarge, check_counts, check_files, read_limited, shard_shapes
+from untrusted import (
+    AllocationLimit,
+    TooLarge,
+    check_counts,
+    check_files,
+    places_of_this_machine,
+    read_limited,
+    shard_shapes,
+    without_places,
+)
 
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 # Heads of other tasks, whose weights transformers would put under a language model's head without a word.
@@ -26,6 +36,7 @@ _OTHER_HEADS = re.compile(
     r"For(MaskedLM|PreTraining|NextSentencePrediction|MultipleChoice|QuestionAnswering|\w*Classification)$"
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+_WEIGHT_SUFFIXES |= {".pkl", ".pickle", ".npy", ".npz"}
 _MAX_JSON = 64 << 20
 _LEAST_ELEMENTS = 1 << 26  # that a config may always ask for: 256 MB in float32
 HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
@@ -205,6 +216,7 @@ class Source:
         self.list_name, self.modules = _find_blocks(skeleton, config)
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
         self._handles: dict[Path, Any] = {}
+        self._cleaned: tempfile.TemporaryDirectory[str] | None = None
         self._prefix = self._name_shift()
         self.dtype = self.read(self.stored_name(f"{self.linears(0)[0].name}.weight")).dtype
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -383,7 +395,10 @@ class Source:
         return [name for name in self.files if name not in quantized]
 
     def side_files(self) -> list[Path]:
-        """Everything in the directory that is not weights: tokenizer, generation config, templates, code, licence."""
+        """Everything in the directory that is not weights: tokenizer, generation config, templates, code, licence.
+
+        Pickles that are no weights stay behind too (they can hold code), and paths of this machine.
+        """
         found = []
         for path in sorted(self.directory.iterdir()):
             if (
@@ -394,8 +409,31 @@ class Source:
                 continue
             if path.name == "config.json" or not path.is_file():
                 continue
-            found.append(path)
+            found.append(self._without_places(path) if path.suffix == ".json" else path)
         return found
+
+    def _without_places(self, path: Path) -> Path:
+        """A JSON file, or a copy of it without paths of this machine (trainers and tokenizers write theirs)."""
+        places = places_of_this_machine(self.directory)
+        try:
+            data = read_limited(path, _MAX_JSON)
+            if not any(place.encode() in data for place in places):
+                return path
+            cleaned = without_places(json.loads(data), places)
+        except (OSError, ValueError, RecursionError, InputError):
+            return path  # no JSON after all, or none that anybody reads
+        if self._cleaned is None:
+            self._cleaned = tempfile.TemporaryDirectory(prefix="llm-quantize-")
+        copy = Path(self._cleaned.name) / path.name
+        copy.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return copy
+
+    def published_config(self) -> dict[str, Any]:
+        """config.json for the quantized model, but for its quantization: readable by old readers, without paths."""
+        config = with_old_rope_keys(read_json(self.directory / "config.json"))
+        config.pop("_name_or_path", None)
+        cleaned: dict[str, Any] = without_places(config, places_of_this_machine(self.directory))
+        return cleaned
 
 
 def _find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:

@@ -104,6 +104,23 @@ def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise InputError(f"{path.name} is damaged ({one_line(error)}): download the model again") from None
 
 
+def without_places(value: Any, places: tuple[str, ...]) -> Any:
+    """A JSON value in which each string that is a path at or below one of `places` is that path's last part."""
+    if isinstance(value, dict):
+        return {key: without_places(inner, places) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(inner, places) for inner in value]
+    if isinstance(value, str) and any(value == p or value.startswith(p + "/") for p in places):
+        return value.rstrip("/").rpartition("/")[2]
+    return value
+
+
+def places_of_this_machine(directory: Path) -> tuple[str, ...]:
+    """What may not be told of this machine: where the model `directory` lies, and the user's home."""
+    found = {str(directory), str(directory.absolute()), str(directory.resolve()), str(Path.home())}
+    return tuple(sorted(place for place in found if place.startswith("/") and place != "/"))
+
+
 def check_counts(config: dict[str, Any], tensors: int) -> None:
     """Refuses a config that counts more layers, experts or labels than `tensors` stored tensors can make up.
 
