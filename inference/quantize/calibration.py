@@ -245,6 +245,8 @@ class _Text:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        # JSON can escape half of a surrogate pair, which is no text.
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         # verbose=False: longer than the model's maximum is no matter, since windows are cut afterwards.
         encoded = self.tokenizer(
             texts,

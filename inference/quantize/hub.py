@@ -69,9 +69,13 @@ def resolve_model(
     writable, disk full.
     """
     path = Path(model_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise InputError(f"cannot look for {model_path}: {error.strerror}") from None
+    if there:
         raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
     repo, _, revision = model_path.partition("@")
     if looks_like_path(model_path) or not REPO_ID.fullmatch(repo):

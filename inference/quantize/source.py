@@ -18,15 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from allocation import AllocationLimit, TooLarge
 from errors import InputError, WorkError, one_line
 from untrusted import (
-    AllocationLimit,
-    TooLarge,
     check_counts,
     check_files,
     places_of_this_machine,
     read_limited,
-    shard_shapes,
+    stays_inside,
     without_places,
 )
 
@@ -91,6 +90,21 @@ def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Pa
         )
         raise InputError(f"{directory} has only pickle weights ({pickles[0]}): {remedy}")
     raise InputError(f"{directory} has no *.safetensors weights")
+
+
+def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, its header checked against its size.
+
+    The library refuses a header that is cut, overlaps, leaves holes, or promises other sizes than there are.
+    Errors: `InputError`.
+    """
+    if not stays_inside(path):
+        raise InputError(f"{path.name} is a link that leads out of {path.parent}: put a copy in its place")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path.name} is damaged ({one_line(error)}): download the model again") from None
 
 
 def convert_pickles(directory: Path, into: Path) -> Path:

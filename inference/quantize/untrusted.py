@@ -1,6 +1,7 @@
 """What a source directory may be before anything of it is believed: its files, and the sizes its config claims.
 
-A model may come from anyone. Nothing here reads weights or runs code; every refusal is one line.
+A model may come from anyone. Nothing here reads weights, runs code or imports anything heavy; every refusal is
+one line.
 """
 
 from __future__ import annotations
@@ -12,12 +13,6 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from errors import InputError, one_line
 
@@ -89,21 +84,6 @@ def read_limited(path: Path, limit: int) -> bytes:
     return data
 
 
-def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, its header checked against its size.
-
-    The library refuses a header that is cut, overlaps, leaves holes, or promises other sizes than there are.
-    Errors: `InputError`.
-    """
-    if not stays_inside(path):
-        raise InputError(f"{path.name} is a link that leads out of {path.parent}: put a copy in its place")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise InputError(f"{path.name} is damaged ({one_line(error)}): download the model again") from None
-
-
 def without_places(value: Any, places: tuple[str, ...]) -> Any:
     """A JSON value in which each string that is a path at or below one of `places` is that path's last part."""
     if isinstance(value, dict):
@@ -155,62 +135,3 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
                     open_.append(inner)
         elif isinstance(value, list):
             open_.extend(value)
-
-
-class TooLarge(Exception):
-    """A config asks for more than its weights hold: one line."""
-
-
-class AllocationLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, no tensor may be made with more than `elements`, nor more than `operations` of them.
-
-    The size of a result is learnt on the meta device first, so that what is refused never takes memory. Raises
-    `TooLarge`.
-    """
-
-    def __init__(self, elements: int, operations: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.elements = elements
-        self.operations = operations
-        self.filled = 0  # elements of tensors that hold values; empty ones take no memory before they do
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.count += 1
-        if self.count > self.operations:
-            raise TooLarge("config.json asks for more modules than the weights have tensors for")
-        size = _result_size(func, args, kwargs)
-        if "empty" not in str(func):
-            self.filled += size
-        if size > self.elements or self.filled > max(self.elements, 1 << 30):
-            raise TooLarge(
-                f"config.json asks for a tensor of {size:,} elements, more than all weights together hold"
-            )
-        return func(*args, **kwargs)
-
-
-def _result_size(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Elements of the new tensors that `func` would make in memory; 0 where it makes none."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    asked = kwargs.get("device")
-    made_here = asked is not None and str(asked) != "meta"
-    if asked is not None and not made_here:
-        return 0
-    if (not made_here and (not tensors or any(t.is_meta for t in tensors))) or func._schema.is_mutable:
-        return 0
-    # A list of sizes is told without asking; negative ones are the library's to refuse.
-    sizes = next((a for a in args if isinstance(a, list | tuple) and all(type(n) is int for n in a)), None)
-    if not tensors and sizes is not None:
-        return math.prod(max(n, 0) for n in sizes)
-    away = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
-    if made_here:
-        away[1]["device"] = torch.device("meta")
-    try:
-        result = func(*away[0], **away[1])
-    except Exception:
-        return 0  # it needs values, or fails: then it fails for real too
-    found = result if isinstance(result, list | tuple) else (result,)
-    return sum(t.numel() for t in found if isinstance(t, Tensor))
