@@ -139,8 +139,8 @@ class QuantizeConfig:
             raise InputError("--calib_data is empty: give wikitext, c4, pileval, a hub id or a local file")
         try:
             model = Path(self.model_path).expanduser() if self.model_path is not None else EMBEDDED_MODEL
+            self.target.is_dir()  # raises where its name cannot be one
             if not model.is_dir():
-                self.target.is_dir()
                 return
             model, target = model.resolve(), self.target.resolve()
         except (OSError, RuntimeError) as error:  # a name too long, a directory closed, a user without a home

@@ -38,6 +38,7 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 _WEIGHT_SUFFIXES |= {".pkl", ".pickle", ".npy", ".npz"}
 _MAX_JSON = 64 << 20
 _LEAST_ELEMENTS = 1 << 26  # that a config may always ask for: 256 MB in float32
+_OWN_CONFIG = "take the config.json that came with the weights"
 HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
@@ -258,7 +259,7 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise InputError(f"config.json is not usable: {one_line(error)}") from None
+            raise InputError(f"config.json is not usable ({one_line(error)}): {_OWN_CONFIG}") from None
         shapes = [s for path in set(files.values()) for s in shard_shapes(path).values()]
         limit = AllocationLimit(max(sum(map(math.prod, shapes)), _LEAST_ELEMENTS), 100 * len(shapes) + 10_000)
         # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
@@ -274,15 +275,15 @@ class Source:
                     trust_remote_code=trust_remote_code,
                 )
         except TooLarge as error:
-            raise InputError(f"{error}: the two do not belong together") from None
+            raise InputError(f"{error}: {_OWN_CONFIG}") from None
         except ValueError as error:
             if "Unrecognized configuration class" in str(error):
                 raise InputError(
                     f"{type(config).__name__} is not a causal LM: nothing to quantize here"
                 ) from None
-            raise InputError(f"cannot build the model: {one_line(error)}") from None
+            raise InputError(f"cannot build the model ({one_line(error)}): {_OWN_CONFIG}") from None
         except Exception as error:
-            raise InputError(f"cannot build the model: {one_line(error)}") from None
+            raise InputError(f"cannot build the model ({one_line(error)}): {_OWN_CONFIG}") from None
         skeleton.eval()
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

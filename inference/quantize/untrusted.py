@@ -117,8 +117,8 @@ def check_counts(config: dict[str, Any], tensors: int) -> None:
         if value > limit:
             shown = str(value) if value < 10**18 else "a huge number"
             raise InputError(
-                f"config.json says {one_line(key, 60)} {shown} beside {tensors} tensors of weights: the two do "
-                "not belong together"
+                f"config.json says {one_line(key, 60)} {shown} beside {tensors} tensors of weights: "
+                "take the config.json that came with them"
             )
 
 
