@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import corpus
 from config import CalibrationConfig
-from errors import InputError, one_line
+from errors import InputError, is_failure, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -248,13 +248,20 @@ class _Text:
         # JSON can escape half of a surrogate pair, which is no text.
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         # verbose=False: longer than the model's maximum is no matter, since windows are cut afterwards.
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        try:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except BaseException as error:
+            if not is_failure(error) or isinstance(error, MemoryError):
+                raise
+            raise InputError(
+                f"the model's tokenizer fails on {self.where} ({one_line(error)}): copy its files anew"
+            ) from None
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 

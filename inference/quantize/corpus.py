@@ -93,11 +93,11 @@ def locate(data: str) -> Path | HubData:
 
     Raises InputError: missing path, unknown extension, a directory without a saved dataset, a malformed id.
     """
-    path = Path(data).expanduser()
     try:
+        path = Path(data).expanduser()
         there = data.partition(":")[0] not in NAMES and path.exists()
-    except OSError as error:
-        raise InputError(f"cannot look for {data}: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # a name too long, a user without a home
+        raise InputError(f"cannot look for {data}: {one_line(error)}") from None
     if there:
         if path.is_dir():
             if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):

@@ -5,16 +5,28 @@ from __future__ import annotations
 LONGEST = 300  # characters of a cause; libraries put whole files into theirs
 
 
-class InputError(Exception):
+class _Told(Exception):
+    """An error whose text is one line, whatever names of files and tensors it holds."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class InputError(_Told):
     """What the user gave cannot be worked with: one line, what is wrong and what to do. Exit code 2."""
 
     exit_code = 2
 
 
-class WorkError(Exception):
+class WorkError(_Told):
     """The work itself failed (disk full, damaged shard, no memory): one line. Exit code 1."""
 
     exit_code = 1
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception is a failure rather than somebody's wish to stop: panics of Rust are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def one_line(what: object, limit: int | None = None) -> str:

@@ -68,13 +68,13 @@ def resolve_model(
     Raises InputError: no such directory or repository, gated, unreachable, no weights; WorkError: cache not
     writable, disk full.
     """
-    path = Path(model_path).expanduser()
     try:
+        path = Path(model_path).expanduser()
         if path.is_dir():
             return path
         there = path.exists()
-    except OSError as error:
-        raise InputError(f"cannot look for {model_path}: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # a name too long, a user without a home
+        raise InputError(f"cannot look for {model_path}: {one_line(error)}") from None
     if there:
         raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
     repo, _, revision = model_path.partition("@")

@@ -62,6 +62,9 @@ LARGEST_JSON = 64 << 20
 class Refusal(Exception):
     """vLLM would not serve this, or would answer wrongly: one line, what is wrong and what to do."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 # --------------------------------------------------------------------------------------------- the command line
 

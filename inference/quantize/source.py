@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from allocation import AllocationLimit, TooLarge
-from errors import InputError, WorkError, one_line
+from errors import InputError, WorkError, is_failure, one_line
 from untrusted import (
     check_counts,
     check_files,
@@ -287,10 +287,13 @@ class Source:
         skeleton.eval()
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        except Exception as error:
+            # Without its files some classes come up empty instead of failing.
+            words = set(tokenizer("some text")["input_ids"]) - set(tokenizer.all_special_ids)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise InputError(f"no usable tokenizer in {directory}: {one_line(error)}") from None
-        # Without its files some classes come up empty instead of failing.
-        if not set(tokenizer("some text")["input_ids"]) - set(tokenizer.all_special_ids):
+        if not words:
             raise InputError(f"no usable tokenizer in {directory}: copy its files there (tokenizer.json)")
         return cls(directory, config, skeleton, tokenizer, files)
 
