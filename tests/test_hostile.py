@@ -706,3 +706,35 @@ def test_ordinary_text_that_packs_well_is_read(model: Path, tmp_path: Path) -> N
             file.write(EMBEDDED_CALIBRATION.read_text())
     words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
     assert MAIN["gptq"]([*words, "--calib_data", str(data)]) == 0
+
+
+def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
+    """pyarrow ends the process where it is asked for such a column's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["some words", "more", None], "id": [1, 2, 3]}), path)
+    data = path.read_bytes()
+    script = (
+        "import sys; from pathlib import Path; import corpus; from errors import InputError\n"
+        "path, told = Path(sys.argv[1]), 0\n"
+        "data = path.read_bytes()\n"
+        "for at in range(len(data)):\n"
+        "    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])\n"
+        "    try:\n"
+        "        with corpus.reading(path): list(corpus.open_table(path, seed=0).documents('text'))\n"
+        "    except InputError: told += 1\n"
+        "print(told)"
+    )
+    folder = str(Path(serve_check.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(data) > int(done.stdout) > 50

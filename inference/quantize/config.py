@@ -143,7 +143,7 @@ class QuantizeConfig:
             if not model.is_dir():
                 return
             model, target = model.resolve(), self.target.resolve()
-        except (OSError, RuntimeError) as error:  # a name too long, a directory closed, a user without a home
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
             raise InputError(f"--model_path or --output_path cannot be looked for: {error}") from None
         # Publishing replaces the target as a whole: never the source, nor a directory that holds it.
         if target == model or target in model.parents or model in target.parents:

@@ -73,7 +73,7 @@ def resolve_model(
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a user without a home
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
         raise InputError(f"cannot look for {model_path}: {one_line(error)}") from None
     if there:
         raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
