@@ -71,6 +71,10 @@ def inputs(width: int, tokens: int) -> Tensor:
     return (0.3 * x).to(torch.float16)
 
 
+def _inverse(L: Tensor) -> None:
+    kernels.lower_inverse_(L.clone())
+
+
 def solve_width(width: int, out: int, rates: dict[str, float]) -> Tensor:
     """Times everything for W (out, width); returns its H."""
     label = f"{out} x {width}"
@@ -79,21 +83,21 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> Tensor:
     row(f"second moment, {TOKENS} tokens of {width}", seconds, TOKENS * width * (width + 1) / rates["half"])
     H = moment.finish()
 
-    damped = gptq_solver.condition(H, 0.1)
-    L = torch.linalg.cholesky(damped)
+    gptq_solver.condition_(H, 0.1)
+    L = torch.linalg.cholesky(H)
     row(
         f"Cholesky of {width}",
-        timed(partial(torch.linalg.cholesky, damped), 2),
+        timed(partial(torch.linalg.cholesky, H), 2),
         width**3 / 3 / rates["single"],
     )
     row(
         f"lower_inverse of {width}",
-        timed(partial(kernels.lower_inverse, L), 2),
+        timed(partial(_inverse, L), 2),
         width**3 / 3 / rates["single"],
     )
-    del L, damped
-    factor = gptq_solver.factorize(H, 0.1, act_order=True)
-    seconds = timed(lambda: gptq_solver.factorize(H, 0.1, act_order=True), 2)
+    del L
+    factor = gptq_solver.factorize(H, 0.0, act_order=True)
+    seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True), 2)
     row(f"factorize {width} (all of it)", seconds, 2 * width**3 / 3 / rates["single"])
 
     W = 0.02 * torch.randn(out, width, device="cuda")
@@ -157,7 +161,7 @@ def check_against_float64() -> None:
     check("second moment to 2e-5", float(((H - truth).abs() / (size[:, None] * size)).max()) < 2e-5)
 
     factor = gptq_solver.factorize(H, 0.1, act_order=False)
-    damped = gptq_solver.condition(H, 0.1).double()
+    damped = H.double()
     R = factor.R.double()
     identity = R @ damped @ R.T  # R^T R = H^-1
     error = float((identity - torch.eye(width, device="cuda", dtype=torch.float64)).abs().max())

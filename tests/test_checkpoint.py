@@ -1,4 +1,4 @@
-"""Directories complete or absent: damage is found, failures leave the old one, nothing stays behind."""
+"""Checkpoint files: damage is found, a failed write is told and not listed, and a later run goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoint import CheckpointWriter, Published, check_target
-from errors import InputError, WorkError
+import shards
+from checkpoint import CheckpointWriter
+from errors import WorkError
 from grid import Grid
 from packing import pack
+from publish import Staging
 from reference import read_layers, read_tensors
+from shards import Planned
 
 CONFIG: dict[str, Any] = {
     "model_type": "tiny",
-    "_name_or_path": "/home/somebody/model",
     "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
 }
 LAYERS = ("blocks.0.up", "blocks.0.down", "blocks.1.up")
@@ -39,24 +39,37 @@ def layer(seed: int) -> tuple[torch.Tensor, Grid]:
     return q, Grid(scale.half().float(), torch.randint(0, 16, (64, 2), generator=generator).float())
 
 
-def fill(writer: CheckpointWriter, *, spoil: str = "") -> None:
+def tensors(*, spoil: str = "") -> dict[str, torch.Tensor]:
     """Three packed layers, a half-precision norm, an embedding in bfloat16, a scalar; `spoil` gets a NaN."""
-    writer.add("embed.weight", torch.arange(512).reshape(32, 16).to(torch.bfloat16))
+    found = {"embed.weight": torch.arange(512).reshape(32, 16).to(torch.bfloat16)}
     for seed, name in enumerate(LAYERS):
         q, grid = layer(seed)
         for suffix, tensor in pack("awq", q, grid, 16, 4, symmetric=False).items():
             if f"{name}.{suffix}" == spoil:
                 tensor[0, 3] = float("nan")
-            writer.add(f"{name}.{suffix}", tensor)
-        writer.remember(name, q, grid.scale, grid.zero)
-    writer.add("norm.weight", torch.ones(16, dtype=torch.float16))
-    writer.add("step", torch.tensor(3))
+            found[f"{name}.{suffix}"] = tensor
+    return found | {"norm.weight": torch.ones(16, dtype=torch.float16), "step": torch.tensor(3)}
 
 
-def finish(writer: CheckpointWriter, side_files: list[Path] | None = None) -> Published:
-    return writer.finish(
-        CONFIG, side_files or [], {"extra.json": {"a": "é"}}, layout="awq", bits=4, group_size=16
-    )
+def planned(found: dict[str, torch.Tensor]) -> list[Planned]:
+    return [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()]
+
+
+FIRST = {"run": {"--bits": 4}}
+
+
+def fill(writer: CheckpointWriter, found: dict[str, torch.Tensor], after: int = 0) -> None:
+    """A step for each layer and one for the rest; the first `after` are there already."""
+    for number, name in enumerate(LAYERS):
+        if number >= after:
+            for suffix in ("qweight", "qzeros", "scales"):
+                writer.add(f"{name}.{suffix}", found[f"{name}.{suffix}"])
+            q, grid = layer(number)
+            writer.remember(name, q, grid.scale, grid.zero)
+            writer.commit({"number": number})
+    for name in ("embed.weight", "norm.weight", "step"):
+        writer.add(name, found[name])
+    writer.commit({"number": "rest"})
 
 
 def write(
@@ -66,12 +79,22 @@ def write(
     shard_bytes: int = 1 << 30,
     spoil: str = "",
     side_files: list[Path] | None = None,
-    before_finish: Callable[[CheckpointWriter], object] = lambda writer: None,
-) -> Published:
-    with CheckpointWriter(target, overwrite=overwrite, shard_bytes=shard_bytes) as writer:
-        fill(writer, spoil=spoil)
-        before_finish(writer)
-        return finish(writer, side_files)
+    before_end: Callable[[CheckpointWriter], object] = lambda writer: None,
+) -> CheckpointWriter:
+    """Writes and publishes; a step that an earlier run did is not done again."""
+    found = tensors(spoil=spoil)
+    with Staging(target, overwrite=overwrite) as staging:
+        with CheckpointWriter(staging, planned(found), FIRST, shard_bytes=shard_bytes) as writer:
+            staging.write_json("config.json", CONFIG)
+            staging.copy(side_files or [])
+            if len(writer.steps) < 4:
+                fill(writer, found, len(writer.steps))
+            writer.wait()
+            before_end(writer)
+            writer.complete("awq", 4, 16)
+        staging.write_json("extra.json", {"a": "é"})
+        staging.publish()
+    return writer
 
 
 def names(folder: Path) -> set[str]:
@@ -100,40 +123,37 @@ def check_content(target: Path) -> None:
 
 
 def test_one_file(tmp_path: Path) -> None:
-    published = write(tmp_path / "out")
+    writer = write(tmp_path / "out")
     assert names(tmp_path) == {"out"}
     assert names(tmp_path / "out") == {"model.safetensors", "config.json", "extra.json"}
-    assert published.shards == ("model.safetensors",)
     check_content(tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {key: value for key, value in CONFIG.items() if key != "_name_or_path"}
+    assert writer.tensor_bytes == sum(t.nbytes for t in tensors().values())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
     assert json.loads((tmp_path / "out" / "extra.json").read_text(encoding="utf-8")) == {"a": "é"}
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    published = write(target, shard_bytes=2000)
-    count = len(published.shards)
+    total = write(target, shard_bytes=2000).tensor_bytes
+    shards = sorted(path.name for path in target.glob("*.safetensors"))
+    count = len(shards)
     assert count > 2
-    expected = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    assert list(published.shards) == expected
+    assert shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     check_content(target)
     index = json.loads((target / "model.safetensors.index.json").read_text())
-    stored = {name: file for file in expected for name in load_file(target / file)}
-    assert index["weight_map"] == stored
-    total = sum(t.nbytes for file in expected for t in load_file(target / file).values())
-    assert index["metadata"]["total_size"] == total == published.tensor_bytes
-    for file in expected:
-        tensors = load_file(target / file)
-        assert sum(t.nbytes for t in tensors.values()) <= 2000 or len(tensors) == 1
+    assert index["weight_map"] == {name: file for file in shards for name in load_file(target / file)}
+    assert index["metadata"]["total_size"] == total
+    for file in shards:
+        found = load_file(target / file)
+        assert sum(t.nbytes for t in found.values()) <= 2000 or len(found) == 1
 
 
-def test_same_bytes_every_time(tmp_path: Path) -> None:
-    write(tmp_path / "one", shard_bytes=2000)
-    write(tmp_path / "two", shard_bytes=2000)
+@pytest.mark.parametrize("shard_bytes", [2000, 1 << 30])
+def test_same_bytes_every_time(tmp_path: Path, shard_bytes: int) -> None:
+    write(tmp_path / "one", shard_bytes=shard_bytes)
+    write(tmp_path / "two", shard_bytes=shard_bytes)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     for path in (tmp_path / "one").iterdir():
-        assert b"somebody" not in path.read_bytes()
         assert str(tmp_path).encode() not in path.read_bytes()
 
 
@@ -148,62 +168,44 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
 
 
 def test_tensors_are_copied_when_added(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", overwrite=False) as writer:
-        tensor = torch.zeros(4, 6)
-        writer.add("a", tensor.T)  # not contiguous
-        writer.add("b", tensor)  # the same memory
-        tensor.fill_(7)
-        with pytest.raises(ValueError, match="a is there already"):
-            writer.add("a", tensor)
-        finish(writer)
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert tensors["a"].shape == (6, 4)
-    assert not tensors["a"].any()
-    assert not tensors["b"].any()
+    tensor = torch.zeros(4, 6)
+    with Staging(tmp_path / "out", overwrite=False) as staging:
+        plan = [Planned("a", torch.float32, (6, 4)), Planned("b", torch.float32, (4, 6))]
+        with CheckpointWriter(staging, plan, FIRST) as writer:
+            writer.add("a", tensor.T)  # not contiguous
+            writer.add("b", tensor)  # the same memory
+            tensor.fill_(7)
+            with pytest.raises(ValueError, match="a is there already"):
+                writer.add("a", tensor.T)
+            writer.complete("awq", 4, 16)
+        staging.publish()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found["a"].shape == (6, 4)
+    assert not found["a"].any()
+    assert not found["b"].any()
 
 
-def test_side_files(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (tmp_path / "secret").write_text("outside")
-    (source / "tokenizer.json").write_text("{}")
-    (source / "extra.json").write_text("the source's own")
-    (source / "inner.txt").symlink_to("tokenizer.json")
-    (source / "outer.txt").symlink_to(tmp_path / "secret")
-    with CheckpointWriter(tmp_path / "out", overwrite=False) as writer:
-        fill(writer)
-        published = finish(writer, sorted(source.iterdir()))
-    assert published.skipped == ("outer.txt",)
-    out = tmp_path / "out"
-    assert names(out) == {"config.json", "extra.json", "model.safetensors", "tokenizer.json", "inner.txt"}
-    assert (out / "inner.txt").read_text() == "{}"
-    assert not (out / "inner.txt").is_symlink()
-    assert json.loads((out / "extra.json").read_text()) == {"a": "é"}
-
-
-def test_side_files_of_a_hub_cache(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--x" / "blobs").mkdir()
-    (tmp_path / "models--x" / "blobs" / "1234").write_text("vocabulary")
-    (snapshot / "vocab.txt").symlink_to("../../blobs/1234")
-    with CheckpointWriter(tmp_path / "out", overwrite=False) as writer:
-        fill(writer)
-        assert finish(writer, [snapshot / "vocab.txt"]).skipped == ()
-    assert (tmp_path / "out" / "vocab.txt").read_text() == "vocabulary"
+def test_only_what_was_planned(tmp_path: Path) -> None:
+    with (
+        Staging(tmp_path / "out", overwrite=False) as staging,
+        CheckpointWriter(staging, planned(tensors()), FIRST) as writer,
+    ):
+        for name, tensor in (
+            ("other", torch.zeros(3)),
+            ("step", torch.zeros(1, dtype=torch.int64)),
+            ("norm.weight", torch.ones(16)),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: .* is not what was planned"):
+                writer.add(name, tensor)
+        writer.add("step", torch.tensor(3))
+        with pytest.raises(WorkError, match="was never written"):
+            writer.complete("awq", 4, 16)
+    with Staging(tmp_path / "out", overwrite=False) as staging, pytest.raises(WorkError, match="no tensors"):
+        CheckpointWriter(staging, [], FIRST)
+    assert names(tmp_path) == set()
 
 
 # --- damage between writing and reading back --------------------------------------------------------------
-
-
-def damaging(monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:
-    """After each shard is saved, `damage(path)` is done to it."""
-
-    def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save_file(tensors, path, metadata=metadata)
-        damage(path)
-
-    monkeypatch.setattr("checkpoint.save_file", save)
 
 
 def flip(path: Path, tensor: str, bit: int = 0) -> None:
@@ -215,56 +217,67 @@ def flip(path: Path, tensor: str, bit: int = 0) -> None:
         path.write_bytes(data)
 
 
+def damaging(damage: Callable[[Path], object]) -> Callable[[CheckpointWriter], None]:
+    """`damage(path)` for every shard."""
+
+    def spoil(writer: CheckpointWriter) -> None:
+        for path in writer.directory.glob("*.safetensors"):
+            damage(path)
+
+    return spoil
+
+
 @pytest.mark.parametrize("shard_bytes", [2000, 1 << 30])
 @pytest.mark.parametrize("tensor", ["blocks.0.down.qweight", "blocks.1.up.scales", "embed.weight", "step"])
-def test_flipped_bit_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, shard_bytes: int
-) -> None:
-    damaging(monkeypatch, lambda path: flip(path, tensor))
+def test_flipped_bit_is_found(tmp_path: Path, tensor: str, shard_bytes: int) -> None:
+    """Nothing is published, and the same command does what was damaged again."""
     with pytest.raises(WorkError, match=rf"^{tensor} in \S+ differs from what was written") as caught:
-        write(tmp_path / "out", shard_bytes=shard_bytes)
+        write(tmp_path / "out", shard_bytes=shard_bytes, before_end=damaging(lambda path: flip(path, tensor)))
     assert "\n" not in str(caught.value)
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {".out.partial"}
+    writer = write(tmp_path / "out", shard_bytes=shard_bytes)
+    assert len(writer.steps) == {"blocks.0.down.qweight": 1, "blocks.1.up.scales": 2}.get(tensor, 3)
+    check_content(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
 
 
 def resave(path: Path, change: Any) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+    found = load_file(path)
+    change(found)
+    save_file(found, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.pop("norm.weight"), "norm.weight is missing"),
-        (lambda t: t.update(new=torch.ones(1)), r"new in model.safetensors was never written"),
-        (
-            lambda t: t.update(step=t["step"].reshape(1)),
-            r"step in \S+ is torch.int64 \(1,\), not",
-        ),
+        (lambda t: t.update(step=t["step"].reshape(1)), r"step in \S+ is torch.int64 \(1,\), not"),
         (lambda t: t.update(step=t["step"].int()), r"step in \S+ is torch.int32"),
     ],
 )
-def test_other_tensors_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
-) -> None:
-    damaging(monkeypatch, lambda path: resave(path, change))
+def test_other_tensors_are_found(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(WorkError, match=message):
-        write(tmp_path / "out")
-    assert names(tmp_path) == set()
+        write(tmp_path / "out", before_end=damaging(lambda path: resave(path, change)))
+    assert names(tmp_path) == {".out.partial"}
+    assert len(write(tmp_path / "out").steps) == 0
+    check_content(tmp_path / "out")
 
 
-def test_cut_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaging(monkeypatch, lambda path: os.truncate(path, path.stat().st_size - 5))
+def test_cut_file_is_found(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"model.safetensors cannot be read back"):
-        write(tmp_path / "out")
-    assert names(tmp_path) == set()
+        write(
+            tmp_path / "out",
+            before_end=damaging(lambda path: os.truncate(path, path.stat().st_size - 5)),
+        )
+    assert names(tmp_path) == {".out.partial"}
+    assert len(write(tmp_path / "out").steps) == 0
+    check_content(tmp_path / "out")
 
 
 def test_nan_scale_is_found(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"^blocks.0.down.scales has NaN or infinite values"):
         write(tmp_path / "out", spoil="blocks.0.down.scales")
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {".out.partial"}
 
 
 @pytest.mark.parametrize("what", ["integers", "scales", "zero points"])
@@ -274,8 +287,8 @@ def test_wrong_packing_is_found(tmp_path: Path, what: str) -> None:
     parts[what] = parts[what].clone()
     parts[what][5, 1] = 15 - parts[what][5, 1]
     with pytest.raises(WorkError, match=rf"blocks.0.up: the {what} in the files are not those"):
-        write(tmp_path / "out", before_finish=lambda writer: writer.remember("blocks.0.up", *parts.values()))
-    assert names(tmp_path) == set()
+        write(tmp_path / "out", before_end=lambda writer: writer.remember("blocks.0.up", *parts.values()))
+    assert names(tmp_path) == {".out.partial"}
 
 
 def test_remembered_layer_without_tensors_is_found(tmp_path: Path) -> None:
@@ -283,43 +296,42 @@ def test_remembered_layer_without_tensors_is_found(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"blocks\.7\.up cannot be unpacked"):
         write(
             tmp_path / "out",
-            before_finish=lambda writer: writer.remember("blocks.7.up", q, grid.scale, grid.zero),
+            before_end=lambda writer: writer.remember("blocks.7.up", q, grid.scale, grid.zero),
         )
 
 
 # --- failures in writing ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        OSError(errno.ENOSPC, "No space left on device"),
-    ],
-)
-def test_full_disk_surfaces_at_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_surfaces_at_a_later_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     write(tmp_path / "out")
     before = content(tmp_path / "out")
-
-    def save(*_: Any, **__: Any) -> None:
-        raise error
-
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("checkpoint.save_file", save)
-    monkeypatch.setattr("checkpoint.shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1024, 1024))
+    many = {str(n): torch.zeros(1000) for n in range(100)}
+
+    def full(*_: Any) -> None:
+        raise OSError(number, "No space left on device")
 
     def work() -> None:
-        with CheckpointWriter(tmp_path / "out", overwrite=True, shard_bytes=4000) as writer:
-            for number in range(100):
-                writer.add(str(number), torch.zeros(1000))
+        with (
+            Staging(tmp_path / "out", overwrite=True) as staging,
+            CheckpointWriter(staging, planned(many), FIRST) as writer,
+        ):
+            monkeypatch.setattr("shards.write_at", full)
+            monkeypatch.setattr("publish.shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1024, 1024))
+            for name, tensor in many.items():
+                writer.add(name, tensor)
+                writer.commit({})
+            writer.wait()
         pytest.fail("the thread's error never surfaced")
 
     with pytest.raises(WorkError, match=r"disk full at .*: 4 KiB to write, 1 KiB free: free 3 KiB") as caught:
         work()
     assert "\n" not in str(caught.value)
-    assert names(tmp_path) == {"out"}
+    assert names(tmp_path) == {"out"}  # no step was done, so there is nothing to keep
     assert content(tmp_path / "out") == before
 
 
@@ -328,168 +340,94 @@ def test_full_disk_for_the_last_files(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("checkpoint.shutil.copyfile", copy)
+    monkeypatch.setattr("publish.shutil.copyfile", copy)
     with pytest.raises(WorkError, match="disk full at"):
         write(tmp_path / "out", side_files=[tmp_path / "tokenizer.json"])
     assert names(tmp_path) == {"tokenizer.json"}
 
 
 def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+    """After a write that failed nothing is listed any more, not even what was written well."""
+    real, count = shards.write_at, [0]
 
-    monkeypatch.setattr("checkpoint.save_file", save)
-    with pytest.raises(WorkError, match=r"cannot write to .*: Input/output error"):
-        write(tmp_path / "out")
-    assert names(tmp_path) == set()
+    def failing(*arguments: Any) -> None:
+        count[0] += 1
+        if count[0] == 6:  # one header, then the layers' three tensors each: in the second step
+            raise OSError(errno.EIO, "Input/output error")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.write_at", failing)
+        with pytest.raises(WorkError, match=r"cannot write to .*: Input/output error"):
+            write(tmp_path / "out")
+    assert names(tmp_path) == {".out.partial"}
+    assert [step["number"] for step in write(tmp_path / "out").steps] == [0]
+    check_content(tmp_path / "out")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interrupt_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def stop(_: CheckpointWriter) -> None:
-        assert [name.startswith(".out.partial-") for name in names(tmp_path / "new")] == [True]
-        raise error
+# --- going on ---------------------------------------------------------------------------------------------
 
-    with pytest.raises(error):
-        write(tmp_path / "new" / "out", shard_bytes=2000, before_finish=stop)
+
+def stop(_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("shard_bytes", [2000, 1 << 30])
+def test_steps_that_are_done_are_not_done_again(tmp_path: Path, shard_bytes: int) -> None:
+    write(tmp_path / "whole", shard_bytes=shard_bytes)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "new" / "out", shard_bytes=shard_bytes, before_end=stop)
+    assert names(tmp_path / "new") == {".out.partial"}
+    writer = write(tmp_path / "new" / "out", shard_bytes=shard_bytes)
+    assert [step["number"] for step in writer.steps] == [0, 1, 2, "rest"]
+    assert content(tmp_path / "new" / "out") == content(tmp_path / "whole")
+    assert names(tmp_path / "new") == {"out"}
+
+
+def test_another_run_begins_anew(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", before_end=stop)
+    with (
+        Staging(tmp_path / "out", overwrite=False) as staging,
+        CheckpointWriter(staging, planned(tensors()), {"run": {"--bits": 3}}) as writer,
+    ):
+        assert writer.steps == []
+        assert staging.keep is False
+
+
+@pytest.mark.parametrize("change", ["header", "index", "shorter", "journal"])
+def test_files_that_do_not_fit_begin_anew(tmp_path: Path, change: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", shard_bytes=2000, before_end=stop)
+    place = tmp_path / ".out.partial"
+    shard = sorted((place / "checkpoint").glob("*.safetensors"))[1]
+    if change == "header":
+        data = bytearray(shard.read_bytes())
+        data[20] ^= 1
+        shard.write_bytes(data)
+    elif change == "shorter":
+        os.truncate(shard, shard.stat().st_size - 1)
+    elif change == "index":
+        (place / "checkpoint" / "model.safetensors.index.json").write_text("{}")
+    else:
+        (place / "journal").write_bytes(b"nothing of ours\n" * 3)
+    assert write(tmp_path / "out", shard_bytes=2000).steps == []
+    check_content(tmp_path / "out")
+
+
+def test_leaving_without_a_step_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        Staging(tmp_path / "new" / "out", overwrite=False) as staging,
+        CheckpointWriter(staging, planned(tensors()), FIRST) as writer,
+    ):
+        writer.add("step", torch.tensor(3))
     assert names(tmp_path) == set()  # nor the parent that was made for it
 
 
-def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", overwrite=False) as writer:
-        fill(writer)
-    assert names(tmp_path) == set()
-
-
-def test_nothing_to_write(tmp_path: Path) -> None:
+def test_nothing_is_kept_where_that_is_not_wanted(tmp_path: Path) -> None:
     with (
-        CheckpointWriter(tmp_path / "out", overwrite=False) as writer,
-        pytest.raises(WorkError, match="no tensors"),
+        Staging(tmp_path / "out", overwrite=False) as staging,
+        CheckpointWriter(staging, planned(tensors()), FIRST, keep=False) as writer,
     ):
-        finish(writer)
-
-
-# --- overwriting ------------------------------------------------------------------------------------------
-
-
-def test_overwrite_replaces_at_the_end(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    (out / "old.bin").write_text("old")
-    with CheckpointWriter(out, overwrite=True) as writer:
-        fill(writer)
-        assert (out / "config.json").read_text() == "old"
-        finish(writer)
-    assert names(tmp_path) == {"out"}
-    assert names(out) == {"model.safetensors", "config.json", "extra.json"}
-    check_content(out)
-
-
-def test_overwrite_through_a_link_keeps_the_link(tmp_path: Path) -> None:
-    write(tmp_path / "real")
-    (tmp_path / "link").symlink_to("real")
-    write(tmp_path / "link", overwrite=True, shard_bytes=2000)
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "model.safetensors.index.json").exists()
-    assert names(tmp_path) == {"real", "link"}
-
-
-def test_old_is_kept_when_the_new_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "out")
-    before = content(tmp_path / "out")
-    damaging(monkeypatch, lambda path: flip(path, "embed.weight"))
-    with pytest.raises(WorkError, match=r"embed.weight"):
-        write(tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == {"out"}
-    assert content(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
-def test_old_comes_back_when_the_rename_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    write(tmp_path / "out")
-    before = content(tmp_path / "out")
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self.name.startswith(".out.partial-"):
-            assert "out" not in names(tmp_path)  # the old one is aside at this moment
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises((WorkError, KeyboardInterrupt)):
-        write(tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == {"out"}
-    assert content(tmp_path / "out") == before
-
-
-def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def appear(_: CheckpointWriter) -> None:
-        out.mkdir()
-        (out / "config.json").write_text("someone else's")
-
-    with pytest.raises(InputError, match="exists: use --overwrite"):
-        write(out, before_finish=appear)
-    assert names(tmp_path) == {"out"}
-    assert (out / "config.json").read_text() == "someone else's"
-
-
-# --- the target before the work ---------------------------------------------------------------------------
-
-
-def test_good_targets(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "source").mkdir()
-    check_target(tmp_path / "a" / "b", False, 1000, tmp_path / "source")
-    check_target(tmp_path / "empty", True)
-    assert names(tmp_path) == {"empty", "source"}
-
-
-def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "one.jpg").write_text("x")
-    (tmp_path / "models" / "source").mkdir(parents=True)
-    (tmp_path / "models" / "config.json").write_text("{}")
-    source = tmp_path / "models" / "source"
-    (source / "config.json").write_text("{}")
-    (tmp_path / "link").symlink_to(source)
-
-    def refused(message: str, path: Path, overwrite: bool = True, needed: int = 0) -> None:
-        with pytest.raises(InputError, match=message) as caught:
-            check_target(path, overwrite, needed, source)
-        assert "\n" not in str(caught.value)
-
-    refused("exists: use --overwrite", tmp_path / "photos", overwrite=False)
-    refused("no checkpoint that --overwrite may delete", tmp_path / "photos")
-    refused("exists and is not a directory", tmp_path / "file")
-    refused("file is not a directory", tmp_path / "file" / "out")
-    refused("source model's directory or inside", source)
-    refused("source model's directory or inside", source / "out")
-    refused("source model's directory or inside", tmp_path / "link")
-    refused("holds the source model", tmp_path / "models")
-    refused(r"too little disk at .* free \d+\.\d\d GiB or choose", tmp_path / "out", needed=1 << 60)
-    monkeypatch.setattr("checkpoint.os.access", lambda *_: False)
-    refused("is not writable", tmp_path / "new" / "out")
-    assert names(tmp_path) == {"file", "photos", "models", "link"}
-
-
-def test_mount_point_is_refused() -> None:
-    with pytest.raises(InputError, match="mount point"):
-        check_target(Path("/proc"), True)
-
-
-def test_writer_asks_again(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "one.jpg").write_text("x")
-    with pytest.raises(InputError, match="no checkpoint"):
-        write(tmp_path / "photos", overwrite=True)
-    shutil.rmtree(tmp_path / "photos")
-    with pytest.raises(InputError, match="cannot write to"):
-        write(tmp_path / "new" / ("x" * 250))
+        fill(writer, tensors())
     assert names(tmp_path) == set()

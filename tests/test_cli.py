@@ -484,3 +484,12 @@ def test_duration(seconds: float, text: str) -> None:
 )
 def test_one_line(what: object, line: str) -> None:
     assert one_line(what) == line
+
+
+def test_time_left_does_not_count_what_another_run_did() -> None:
+    with Console(stderr=io.StringIO()).blocks(3) as blocks:
+        blocks.skip(1)
+        assert blocks.left() == ""
+        blocks.advance()
+        assert blocks.left().endswith("left")
+        assert blocks.done == 2

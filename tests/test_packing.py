@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from errors import InputError
 from grid import Grid
 from layouts import HOLDS
-from packing import check_shape, pack, quantization_config, unpack
+from packing import check_shape, pack, planned, quantization_config, unpack
 from reference import (
     Layer,
     groups_in_order,
@@ -90,6 +90,8 @@ def test_words_equal_the_independent_packer(
             assert tensor.cpu().numpy().dtype == expected[name].dtype, name
             np.testing.assert_array_equal(tensor.cpu().numpy(), expected[name], err_msg=name)
 
+    ahead = planned(layout, 64, 96, group_size, bits, symmetric=symmetric)
+    assert ahead == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
     q, scale, zero = unpack(layout, found, bits, group_size)
     assert (q.dtype, scale.dtype, zero.dtype) == (torch.uint8, torch.float32, torch.float32)
     np.testing.assert_array_equal(q.cpu().numpy(), layer.q)

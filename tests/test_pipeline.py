@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,7 @@ from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from conftest import MAIN, Finished, Runs
 from evaluate import Measured, measure
 from models import CPU, FAMILIES, write
+from moments import SecondMoment
 from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
 from solve import solve_block
 from source import Source
@@ -96,6 +99,8 @@ def test_published(
         )
         assert trivial == (not dynamic or group == -1)
     unchanged(run, EMBEDDED_MODEL, torch.float16, CLOSE[bits])
+    # AutoGPTQ cannot do without the tied head's copy, and others need not have it.
+    assert ("lm_head.weight" in read_tensors(run.path)[0]) == ("--format gptq" in words)
     sides(run.path, EMBEDDED_MODEL)
 
 
@@ -104,7 +109,10 @@ def unchanged(run: Finished, source: Path, dtype: torch.dtype, close: float) -> 
     found = dequantize_directory(run.path)
     before, _ = read_tensors(source)
     _, dtypes = read_tensors(run.path)
-    assert set(found) == set(before)
+    head = {"lm_head.weight"} - set(before)
+    if head & set(found):  # of a tied model, where the layout was asked for by name
+        assert np.array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert set(found) - head == set(before)
     assert set(run.weights) <= set(found)
     for name, tensor in before.items():
         now = torch.from_numpy(found[name])
@@ -268,13 +276,8 @@ def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Pa
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file; of the report all but what time took."""
-    found = {p.name: p.read_bytes() for p in path.iterdir()}
-    report = json.loads(found.pop("quantization_report.json"))
-    report.pop("seconds")
-    for layer in report["layers"]:
-        layer.pop("seconds")
-    return found | {"report": json.dumps(report).encode()}
+    """Every file's bytes."""
+    return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
@@ -312,6 +315,70 @@ def test_existing_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+class _Full:
+    """Raises an out-of-memory error at the calls with the given numbers, counted from 0."""
+
+    def __init__(self, real: Callable[..., Any], *numbers: int) -> None:
+        self.real, self.numbers, self.count = real, numbers, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        if self.count - 1 in self.numbers:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.34 GiB. GPU 0 has")
+        return self.real(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("source.Source.load", 4),
+        ("moments.SecondMoment.finish", 9),
+        ("solve.factorize", 9),
+        ("solve.descend", 9),
+        ("capture.forward", 3),  # to see which linears share an input
+        ("capture.forward", 4),  # for second moments
+        ("capture.forward", 5),  # replay
+    ],
+)
+def test_out_of_memory_once(
+    where: str,
+    call: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: Runs,
+) -> None:
+    """Tried again with less at a time: what comes out is as good, and nothing is there twice."""
+    module, _, attribute = where.rpartition(".")
+    owner: Any = {"source.Source": Source, "moments.SecondMoment": SecondMoment}.get(module) or sys.modules[
+        module
+    ]
+    full = _Full(getattr(owner, attribute), call)
+    monkeypatch.setattr(owner, attribute, lambda *args, **kwargs: full(*args, **kwargs))
+    target = tmp_path / "out"
+    assert gptq_quantize.main([*QUICK, "--output_path", str(target)]) == 0
+    assert full.count > call + 1
+    told = "out of memory on cpu, tried again with" in capsys.readouterr().err
+    # In capture and replay smaller portions are taken at once.
+    assert told == ((where, call) not in {("capture.forward", 4), ("capture.forward", 5)})
+    found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
+    assert set(found) == set(expected)
+    report = json.loads((target / "quantization_report.json").read_text())
+    assert len(report["layers"]) == 28
+    assert all(layer["error"] < 0.05 for layer in report["layers"])
+
+
+def test_out_of_memory_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("solve.factorize", _Full(lambda: None, *range(1000)))
+    assert gptq_quantize.main([*QUICK, "--output_path", str(tmp_path / "out")]) == 1
+    line = said(capsys)
+    assert "out of memory on cpu in model.layers.0 (1.34 GiB more were asked for)" in line
+    assert "--calib_seq_len" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def broken(directory: Path, value: float) -> Path:
     """A model whose last linear is not finite."""
     write(directory, FAMILIES["llama"]())
@@ -331,12 +398,18 @@ def test_failure_leaves_nothing(method: str, tmp_path: Path, capsys: pytest.Capt
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 1), (OSError("bad"), 1)]
-)
-def test_interruption_leaves_the_old_one(
-    error: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (MemoryError, 1), (OSError, 1)])
+@pytest.mark.parametrize("keep", [True, False])
+def test_interruption(
+    error: type[BaseException],
+    code: int,
+    keep: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: Runs,
 ) -> None:
+    """The old one stays, and what is done is kept for the same command unless that is not wanted."""
     target = tmp_path / "out"
     shutil.copytree(runs("gptq").path, target)
     before = contents(target)
@@ -345,12 +418,20 @@ def test_interruption_leaves_the_old_one(
     def failing(*args: Any) -> Any:
         count[0] += 1
         if count[0] == 3:
-            raise error
+            raise error("bad")
         return solve_block(*args)
 
-    monkeypatch.setattr(pipeline, "solve_block", failing)
-    assert gptq_quantize.main([*QUICK, "--output_path", str(target), "--overwrite"]) == code
+    words = [*QUICK, "--output_path", str(target), "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "solve_block", failing)
+        assert gptq_quantize.main([*words, *(() if keep else ("--no_resume",))]) == code
     assert contents(target) == before
+    told = "; 2 of 4 blocks are kept, the same command goes on there" in said(capsys)
+    assert told == keep
+    assert {p.name for p in tmp_path.iterdir()} == {"out"} | ({".out.partial"} if keep else set())
+    assert gptq_quantize.main(words) == 0
+    assert ("going on after 2 of 4 blocks" in capsys.readouterr().err) == keep
+    assert contents(target) == contents(runs("gptq", *QUICK).path)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

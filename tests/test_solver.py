@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import kernels
-from awq_search import candidate, choose_scales, scaled_factor
+from awq_search import candidate, choose_scales, scale_
 from folds import Fold
 from gptq_solver import (
     Factor,
     NotFactorizable,
     activation_order,
     compensate,
-    condition,
+    condition_,
     descend,
     factorize,
     output_error,
@@ -33,6 +34,13 @@ from grid import (
 )
 from models import second_moment, weights
 from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+
+
+def condition(H: Tensor, damping: float) -> Tensor:
+    """A damped copy."""
+    damped = H.clone()
+    condition_(damped, damping)
+    return damped
 
 
 def plain_gptq(W: Tensor, grid: Grid, spec: GridSpec, H: Tensor, order: list[int]) -> Tensor:
@@ -61,7 +69,7 @@ def test_compensate_is_gptq(width: int, group: int, bits: int, symmetric: bool, 
     W, H = weights(24, width), second_moment(width, 4 * width)
     spec = GridSpec(bits, group, symmetric)
     grid = minmax_grid(W, spec)
-    factor = factorize(H, 0.05, act_order=act_order)
+    factor = factorize(H.clone(), 0.05, act_order=act_order)
     damped = condition(H, 0.05)
     found = compensate(W, grid, spec, factor)
     expected = plain_gptq(W, grid, spec, damped, factor.order.tolist())
@@ -90,7 +98,7 @@ def test_identity_gives_rounding_to_nearest(act_order: bool) -> None:
 @pytest.mark.parametrize("width", [48, 700])
 def test_factor(width: int, act_order: bool) -> None:
     H = second_moment(width, 3 * width)
-    factor = factorize(H, 0.01, act_order=act_order)
+    factor = factorize(H.clone(), 0.01, act_order=act_order)
     assert factor.damping == 0.01
     assert torch.equal(factor.R, factor.R.triu())
     assert bool((factor.R.diagonal() > 0).all())
@@ -119,16 +127,46 @@ def test_dead_channels() -> None:
     W = weights(16, 64)
     spec = GridSpec(4, 32, True)
     grid = minmax_grid(W, spec)
-    q = compensate(W, grid, spec, factorize(H, 0.1, act_order=True))
+    q = compensate(W, grid, spec, factorize(H.clone(), 0.1, act_order=True))
     assert torch.equal(q[:, dead], round_to_nearest(W, grid, spec)[:, dead])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 2, 5, 1023, 1024, 2050])
+def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
+    """The permutation, the inverse in place and the turn by strips, at their borders."""
+    import gptq_solver
+
+    x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
+    H = x.T @ x + torch.eye(width)
+    reverse = activation_order(H).flip(0)
+    found = gptq_solver._inverse_factor(H, reverse, dtype)
+    assert found is not None
+    L = torch.linalg.cholesky(H[reverse][:, reverse].double())
+    expected = torch.linalg.solve_triangular(L, torch.eye(width, dtype=torch.float64), upper=False).flip(0, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_factorize_leaves_the_damped_one() -> None:
+    H = second_moment(48, 200)
+    H[5] = H[:, 5] = 0
+    expected = condition(H, 0.1)
+    factorize(H, 0.1, act_order=True)
+    assert torch.equal(H, expected)
+    bad = torch.eye(32)
+    bad[0, 1] = bad[1, 0] = 100.0
+    before = bad.clone()
+    with pytest.raises(NotFactorizable):
+        factorize(bad, 0.01, act_order=True)
+    assert torch.equal(bad, before)
 
 
 def test_singular_needs_damping() -> None:
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     H = x.T @ x / 8
-    raised = factorize(H, 0.0, act_order=False)
+    raised = factorize(H.clone(), 0.0, act_order=False)
     assert raised.damping >= 1e-3
-    kept = factorize(H, 0.1, act_order=False)
+    kept = factorize(H.clone(), 0.1, act_order=False)
     assert kept.damping == 0.1
     R = kept.R.double()
     torch.testing.assert_close(
@@ -139,11 +177,11 @@ def test_singular_needs_damping() -> None:
 def test_indefinite_raises_damping_step_by_step() -> None:
     H = torch.eye(32)
     H[0, 1] = H[1, 0] = 1.5  # eigenvalues 2.5 and -0.5
-    factor = factorize(H, 0.01, act_order=True)
+    factor = factorize(H.clone(), 0.01, act_order=True)
     assert factor.damping == pytest.approx(1.0)
     H[0, 1] = H[1, 0] = 100.0
     with pytest.raises(NotFactorizable):
-        factorize(H, 0.01, act_order=True)
+        factorize(H.clone(), 0.01, act_order=True)
 
 
 @pytest.mark.parametrize("where", [(2, 2), (3, 9)])
@@ -151,7 +189,7 @@ def test_nan_has_no_factor(where: tuple[int, int]) -> None:
     H = second_moment(32, 128)
     H[where] = H[where[::-1]] = float("nan")
     with pytest.raises(NotFactorizable):
-        factorize(H, 0.1, act_order=False)
+        factorize(H.clone(), 0.1, act_order=False)
 
 
 def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
@@ -169,7 +207,7 @@ def test_descend_never_grows(width: int, group: int, refit: bool, symmetric: boo
     W, H = weights(20, width), condition(second_moment(width, 3 * width), 0.05)
     spec = GridSpec(3, group, symmetric, scale_dtypes=(torch.bfloat16, torch.float16))
     grid = search_grid(W, metric_blocks(H, group), spec)
-    q = compensate(W, grid, spec, factorize(H, 0.0, act_order=True))
+    q = compensate(W, grid, spec, factorize(H.clone(), 0.0, act_order=True))
     before = quadratic(W, dequantize(q, grid, group), H)
     scale = grid.scale.clone()
     for _ in range(3):
@@ -236,12 +274,14 @@ def one(grid: Grid, row: int) -> Grid:
 @pytest.mark.parametrize("act_order", [True, False])
 def test_scaled_factor_is_a_fresh_one(act_order: bool) -> None:
     H = condition(second_moment(96, 300), 0.05)
-    factor = factorize(H, 0.0, act_order=act_order)
+    factor = factorize(H.clone(), 0.0, act_order=act_order)
     scale = torch.exp(torch.randn(96, generator=torch.Generator().manual_seed(2)) * 0.5)
-    found = scaled_factor(factor, scale)
-    fresh = factorize((H / (scale[:, None] * scale))[factor.order][:, factor.order], 0.0, act_order=False)
-    torch.testing.assert_close(found.R, fresh.R, rtol=2e-3, atol=2e-4)
-    assert torch.equal(found.order, factor.order)
+    scaled, order = H / (scale[:, None] * scale), factor.order
+    scale_(H, factor, scale)
+    assert torch.equal(H, scaled)
+    fresh = factorize(scaled[order][:, order], 0.0, act_order=False)
+    torch.testing.assert_close(factor.R, fresh.R, rtol=2e-3, atol=2e-4)
+    assert torch.equal(factor.order, order)
 
 
 def test_output_error_is_that_of_outputs() -> None:
@@ -270,15 +310,16 @@ def test_candidates() -> None:
 def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     """The losses are those of really scaling, searching, compensating; no scaling is among them."""
     W, H = weights(60, 64), condition(second_moment(64, 256), 0.05)
-    factor = factorize(H, 0.0, act_order=True)
+    factor = factorize(H.clone(), 0.0, act_order=True)
     spec, effort = GridSpec(3, 32, False), SearchEffort(8, 1)
     chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
     assert chosen.losses[0] >= min(chosen.losses)
     for exponent, loss in zip((0.0, 0.3, 0.6), (chosen.losses[i] for i in (0, 3, 6)), strict=True):
         s = candidate(H, torch.arange(64), 64, exponent)
-        scaled = H / (s[:, None] * s)
+        scaled, other = H.clone(), replace(factor, R=factor.R.clone())
+        scale_(scaled, other, s)
         grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)
-        q = compensate(W * s, grid, spec, scaled_factor(factor, s))
+        q = compensate(W * s, grid, spec, other)
         again = float(quadratic(W * s, dequantize(q, grid, 32), scaled).sum())
         assert loss == pytest.approx(again, rel=0.01)
 

@@ -25,7 +25,7 @@ from transformers import (
 import capture
 from capture import MicroBatch
 from config import EMBEDDED_MODEL
-from errors import InputError, WorkError
+from errors import FinalError, InputError, WorkError
 from models import CPU, FAMILIES, VOCABULARY, tokens, write
 from source import Source, convert_pickles, examine_config, read_json, tensor_files, with_old_rope_keys
 
@@ -385,12 +385,12 @@ def test_other_weights_than_the_config_says(copied: Callable[[str], Path]) -> No
         ),
         (
             lambda t: t["model.layers.0.mlp.up_proj.weight"][3].fill_(float("nan")),
-            WorkError,
+            FinalError,
             r"up_proj\.weight has NaN or infinite weights: the source model is broken",
         ),
         (
             lambda t: t["model.layers.0.input_layernorm.weight"][3].fill_(float("inf")),
-            WorkError,
+            FinalError,
             r"input_layernorm\.weight has NaN or infinite weights",
         ),
         (

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gptq_solver import Factor, compensate
+from gptq_solver import STRIP, Factor, compensate
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -79,6 +79,12 @@ def choose_scales(
     return ChannelScales(scales[best], EXPONENTS[best], tuple(losses))
 
 
-def scaled_factor(factor: Factor, scale: Tensor) -> Factor:
-    """The factor of `S^-1 H S^-1` for channel scales `scale` (in): its columns times the scale; no new Cholesky."""
-    return Factor(factor.R * scale[factor.order], factor.order, factor.damping)
+def scale_(H: Tensor, factor: Factor, scale: Tensor) -> None:
+    """Turns `H` (in, in) and its factor into those of inputs divided by `scale` (in), in place.
+
+    No new Cholesky: the factor of `S^-1 H S^-1` is that of `H` with its columns times the scale.
+    """
+    for start in range(0, H.shape[0], STRIP):
+        part = slice(start, start + STRIP)
+        H[part] /= scale[part, None] * scale
+    factor.R.mul_(scale[factor.order])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import InputError, WorkError
+from errors import FinalError, InputError
 from source import Source
 
 
@@ -80,6 +80,18 @@ class States:
     def get(self, start: int, stop: int) -> Tensor:
         return self.data[start:stop].to(self.device, non_blocking=True)
 
+    def to_host(self) -> bool:
+        """Moves the states from the device to host memory; False where they are there, or it cannot hold them."""
+        if self.data.device.type == "cpu":
+            return False
+        try:
+            host = torch.empty(self.data.shape, dtype=self.data.dtype, pin_memory=True)
+        except (RuntimeError, MemoryError):
+            return False
+        host.copy_(self.data)
+        self.data = host
+        return True
+
     def put(self, start: int, stop: int, value: Tensor) -> None:
         self.data[start:stop].copy_(value, non_blocking=self.data.is_pinned())
 
@@ -132,12 +144,21 @@ def embed(
         with _stand_ins(source, catch), suppress(_Stop):
             base(input_ids=batch, use_cache=False)
         if states is None:
-            states = States((*shape, caught[0].shape[-1]), caught[0].dtype, home, device)
+            states = _make_states((*shape, caught[0].shape[-1]), caught[0].dtype, home, device)
         states.put(start, start + batch.shape[0], caught[0])
     for module in loaded:
         Source.release(module)
     assert states is not None
     return states, Calls(calls)
+
+
+def _make_states(
+    shape: tuple[int, int, int], dtype: torch.dtype, home: torch.device, device: torch.device
+) -> States:
+    try:
+        return States(shape, dtype, home, device)
+    except torch.cuda.OutOfMemoryError:
+        return States(shape, dtype, torch.device("cpu"), device)
 
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache", "use_cache", "output_attentions")
@@ -274,7 +295,8 @@ def capture(
 ) -> None:
     """Hands the input of every group to `on_input(group, x)` for all states; stops before the last linear runs.
 
-    Where memory runs out the windows in hand are run again in smaller portions, and no group sees any twice.
+    Where memory runs out the windows in hand are run again in smaller portions, and then with the states in host
+    memory; no group sees any twice.
     """
     seen = [0] * len(groups)  # windows that each group has had
     start = stop = 0
@@ -302,7 +324,7 @@ def capture(
             except _Stop:
                 pass
             except torch.cuda.OutOfMemoryError:
-                if not batch.halve():
+                if not batch.halve() and not states.to_host():
                     raise
                 torch.cuda.empty_cache()
                 continue
@@ -314,7 +336,7 @@ def capture(
 
 @torch.no_grad()
 def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], batch: MicroBatch) -> None:
-    """Replaces the states by what the block makes of them. Errors: `WorkError` where they are not finite."""
+    """Replaces the states by what the block makes of them. Errors: `FinalError` where they are not finite."""
     finite = torch.ones((), dtype=torch.bool, device=states.device)
     start = 0
     while start < len(states):
@@ -322,7 +344,7 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
         try:
             result = forward(block, states.get(start, stop), kwargs)
         except torch.cuda.OutOfMemoryError:
-            if not batch.halve():
+            if not batch.halve() and not states.to_host():
                 raise
             torch.cuda.empty_cache()
             continue
@@ -330,7 +352,7 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
         states.put(start, stop, result)
         start = stop
     if not bool(finite):
-        raise WorkError(
+        raise FinalError(
             f"the states after {name} are not finite: the model overflows {states.data.dtype}; "
             "use a BF16 copy of the model, or --device cpu (which computes in FP32)"
         )

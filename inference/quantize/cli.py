@@ -137,6 +137,17 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     )
     files.add("overwrite", "replace an existing output directory, at the end of a good run", type=_boolean)
     files.add(
+        "restart",
+        "begin anew where an interrupted run to the same directory is kept; without it the same command goes on "
+        "where that run was",
+        type=_boolean,
+    )
+    files.add(
+        "no_resume",
+        "keep nothing of a run that is interrupted, and begin anew",
+        type=_boolean,
+    )
+    files.add(
         "trust_remote_code",
         "run Python code that comes with the model; only for authors you trust",
         type=_boolean,
@@ -196,7 +207,7 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     grid.add(
         "format",
         "file layout; auto takes the one that vLLM serves for these settings, another one forces it for "
-        "another reader",
+        "another reader (gptq by name: with a tied output head's copy, which AutoGPTQ needs)",
         choices=get_args(LayoutChoice),
     )
     grid.add(
@@ -310,7 +321,7 @@ def parse(method: Method, argv: Sequence[str]) -> QuantizeConfig:
 def _silence() -> None:
     """Before the heavy imports: no banners, advice or bars of theirs; what the user set stays."""
     for name, value in {
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",  # nothing forks after this
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "DATASETS_VERBOSITY": "error",
@@ -345,6 +356,11 @@ def _terminable() -> Iterator[None]:
 
 def _failure(error: BaseException, method: Method) -> tuple[int, str]:
     """Exit code and the one line for an exception."""
+    code, line = _told(error, method)
+    return code, "; ".join([line, *getattr(error, "__notes__", [])])
+
+
+def _told(error: BaseException, method: Method) -> tuple[int, str]:
     if isinstance(error, InputError | WorkError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -382,8 +398,13 @@ def run(method: Method, argv: Sequence[str]) -> int:
 def _work(config: QuantizeConfig, console: Console) -> None:
     # Imports nothing heavy, so that a wrong path is told at once.
     from calibration import check_source
+    from hub import local_model
+    from publish import check_before_work
 
     check_source(config.calibration)
+    if config.model_path is not None:
+        local_model(config.model_path)
+    check_before_work(config.target, config.may_replace)
     reason = layouts.not_served(
         config.file_layout, config.bits, config.group_size, config.symmetric, config.dynamic_groups
     )

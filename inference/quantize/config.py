@@ -83,6 +83,8 @@ class QuantizeConfig:
     device: str = "auto"
     max_memory: float | None = None
     overwrite: bool = False
+    restart: bool = False
+    no_resume: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False
     eval_data: str = "auto"

@@ -36,6 +36,7 @@ class Blocks:
     def __init__(self, total: int) -> None:
         self.total = total
         self.done = 0
+        self._skipped = 0
         self._start = time.monotonic()
 
     def step(self, text: str) -> None:
@@ -45,15 +46,21 @@ class Blocks:
         """The current block is finished."""
         self.done += 1
 
+    def skip(self, blocks: int) -> None:
+        """`blocks` were finished before this run began; they say nothing about the time left."""
+        self.done += blocks
+        self._skipped += blocks
+
     def elapsed(self) -> float:
         """Seconds since the first block began."""
         return time.monotonic() - self._start
 
     def left(self) -> str:
         """Time left by the mean of the finished blocks; empty before the first one and after the last."""
-        if not 0 < self.done < self.total:
+        here = self.done - self._skipped
+        if not here or self.done >= self.total:
             return ""
-        return f"{duration(self.elapsed() / self.done * (self.total - self.done))} left"
+        return f"{duration(self.elapsed() / here * (self.total - self.done))} left"
 
 
 class _Lines(Blocks):
@@ -77,6 +84,10 @@ class _Bar(Blocks):
 
     def step(self, text: str) -> None:
         self._progress.update(self._task, step=one_line(text), left=self.left())
+
+    def skip(self, blocks: int) -> None:
+        super().skip(blocks)
+        self._progress.update(self._task, completed=self.done)
 
     def advance(self) -> None:
         super().advance()

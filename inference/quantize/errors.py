@@ -24,6 +24,10 @@ class WorkError(_Told):
     exit_code = 1
 
 
+class FinalError(WorkError):
+    """A failure that the same command would meet again: nothing is kept for it to go on from."""
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether an exception is a failure rather than somebody's wish to stop: panics of Rust are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

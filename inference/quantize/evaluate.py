@@ -36,6 +36,7 @@ from source import HEAD_NAMES, Source
 
 EVAL_SEQ_LEN = 512
 LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # memory for logits and what is computed of them
+LEAST_LOGIT_BYTES = 8 << 20  # less would not help
 _COPIES = 8  # float32 values of vocabulary width that a token needs at the worst moment
 
 
@@ -108,7 +109,14 @@ def measure(
         if on_block is not None:
             on_block(index)
     limit = logit_bytes or LOGIT_BYTES.get(device.type, LOGIT_BYTES["cpu"])
-    return _compare(models, [states for states, _ in entered], tokens, device, dtype, limit)
+    while True:
+        try:
+            return _compare(models, [states for states, _ in entered], tokens, device, dtype, limit)
+        except torch.cuda.OutOfMemoryError:
+            if limit < LEAST_LOGIT_BYTES:
+                raise
+        limit //= 4
+        torch.cuda.empty_cache()
 
 
 def _home(source: Source, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> torch.device:
@@ -396,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     for key, quiet in (
         ("TRANSFORMERS_VERBOSITY", "error"),
-        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TOKENIZERS_PARALLELISM", "true"),
         ("HF_HUB_DISABLE_TELEMETRY", "1"),
     ):
         os.environ.setdefault(key, quiet)

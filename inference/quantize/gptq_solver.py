@@ -19,6 +19,7 @@ import kernels
 from grid import Grid, GridSpec, representable
 
 COLUMNS = 128  # columns of one step of the blocked recursion
+STRIP = 1024  # rows of a large matrix that are moved at a time
 
 
 class NotFactorizable(ArithmeticError):
@@ -37,19 +38,17 @@ class Factor:
     damping: float
 
 
-def condition(H: Tensor, damping: float) -> Tensor:
-    """`H` with dead channels floored and `damping` times the mean diagonal added; a new float32 (in, in).
+def condition_(H: Tensor, damping: float) -> None:
+    """Floors dead channels of `H` (in, in) and adds `damping` times the mean diagonal, in place.
 
     A *dead* channel (zero on the diagonal) carried no signal: any weight would do, and a one on the diagonal makes
     it round to nearest.
     """
-    damped = H.clone()
-    diagonal = damped.diagonal()
+    diagonal = H.diagonal()
     mean = diagonal.mean()
     floor = torch.where(mean > 0, mean, torch.ones_like(mean))
     diagonal.copy_(torch.where(diagonal <= 0, floor, diagonal))
     diagonal.add_(damping * floor)
-    return damped
 
 
 def activation_order(H: Tensor) -> Tensor:
@@ -58,24 +57,53 @@ def activation_order(H: Tensor) -> Tensor:
 
 
 def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> Factor:
-    """The factor of `H` (in, in), raising the damping tenfold at a time where Cholesky fails.
+    """The factor of `H` (in, in), which is left damped, in place, by as much as it took.
 
-    Tries float32, then float64, before it raises the damping. Errors: `NotFactorizable`.
+    The damping is raised tenfold at a time where Cholesky fails; float64 is tried before that. Beside `H` and the
+    factor it needs a quarter of `H` more. Errors: `NotFactorizable`, with `H` as it was.
     """
     width = H.shape[0]
     order = activation_order(H) if act_order else torch.arange(width, device=H.device)
     reverse = order.flip(0)
+    plain = H.diagonal().clone()
     while True:
-        damped = condition(H, damping)[reverse][:, reverse]
+        condition_(H, damping)
         for dtype in (torch.float32, torch.float64):
-            L, info = torch.linalg.cholesky_ex(damped.to(dtype))
-            if int(info) == 0:
-                inverse = kernels.lower_inverse(L).to(torch.float32)
-                if bool(torch.isfinite(inverse.diagonal()).all()):
-                    return Factor(inverse.flip(0, 1).contiguous(), order, damping)
+            R = _inverse_factor(H, reverse, dtype)
+            if R is not None:
+                return Factor(R, order, damping)
+        H.diagonal().copy_(plain)
         if damping >= largest:
             raise NotFactorizable("the second moment has no Cholesky factor at any damping")
         damping = max(damping * 10, 1e-3)
+
+
+def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`R` in float32, from a Cholesky in `dtype`; None where there is none. One new (in, in), worked on in place."""
+    width = H.shape[0]
+    A = torch.empty(width, width, dtype=dtype, device=H.device)
+    strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
+    for a, b in strips:
+        A[a:b] = H[reverse[a:b]][:, reverse]
+    info = torch.empty((), dtype=torch.int32, device=H.device)
+    torch.linalg.cholesky_ex(A, out=(A, info))
+    if int(info):
+        return None
+    kernels.lower_inverse_(A)
+    if not bool(torch.isfinite(A.diagonal()).all()):
+        return None
+    R = A.to(torch.float32)
+    del A
+    # Both dimensions turned round, a strip and its mirror image at a time.
+    for a, b in strips:
+        if a >= width - b:
+            middle = R[a : width - a].flip(0, 1)
+            R[a : width - a] = middle
+            break
+        upper = R[a:b].flip(0, 1)
+        R[a:b] = R[width - b : width - a].flip(0, 1)
+        R[width - b : width - a] = upper
+    return R
 
 
 def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:

@@ -52,6 +52,27 @@ def looks_like_path(text: str) -> bool:
     return text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1
 
 
+def local_model(model_path: str) -> Path | None:
+    """The directory that `model_path` is, or None where it is a hub id. No network.
+
+    Raises InputError: a file, a path without a directory, what is neither.
+    """
+    try:
+        path = Path(model_path).expanduser()
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
+        raise InputError(f"cannot look for {model_path}: {one_line(error)}") from None
+    if there:
+        raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
+    if looks_like_path(model_path) or not REPO_ID.fullmatch(model_path.partition("@")[0]):
+        raise InputError(
+            f"no such directory: {model_path} (and it is not a hub id like Qwen/Qwen2.5-7B-Instruct)"
+        )
+    return None
+
+
 def resolve_model(
     model_path: str,
     *,
@@ -68,21 +89,9 @@ def resolve_model(
     Raises InputError: no such directory or repository, gated, unreachable, no weights; WorkError: cache not
     writable, disk full.
     """
-    try:
-        path = Path(model_path).expanduser()
-        if path.is_dir():
-            return path
-        there = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
-        raise InputError(f"cannot look for {model_path}: {one_line(error)}") from None
-    if there:
-        raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
+    if (path := local_model(model_path)) is not None:
+        return path
     repo, _, revision = model_path.partition("@")
-    if looks_like_path(model_path) or not REPO_ID.fullmatch(repo):
-        raise InputError(
-            f"no such directory: {model_path} (and it is not a hub id like Qwen/Qwen2.5-7B-Instruct)"
-        )
-
     log(f"fetching {model_path} from the hub, or from its cache")
     allow = [*FILES, *(["*.py"] if trust_remote_code else [])]
     snapshot = _snapshot(repo, revision or None, allow)

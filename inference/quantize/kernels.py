@@ -37,31 +37,27 @@ def _jit(function: Any) -> Any:
 # The inverse of a triangle: matrix products alone.
 
 
-def lower_inverse(L: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix (n, n), by halving: two half-size inverses and two products.
+def lower_inverse_(L: Tensor) -> None:
+    """Replaces a lower triangular matrix (n, n) by its inverse: two half-size inverses and two products, by halving.
 
-    Nearly all of the arithmetic is in matrix products. What lies above the diagonal of `L` is not read, and
-    is zero in the result.
+    Nearly all of the arithmetic is in matrix products. What lies above the diagonal must be zero, and stays it.
     """
-    n = L.shape[0]
-    result = torch.zeros_like(L)
-    _invert_into(L, result, 0, n)
-    return result
+    _invert(L, 0, L.shape[0])
 
 
-def _invert_into(L: Tensor, result: Tensor, start: int, stop: int) -> None:
+def _invert(L: Tensor, start: int, stop: int) -> None:
     if stop - start <= 512:
         block = L[start:stop, start:stop]
         eye = torch.eye(stop - start, dtype=L.dtype, device=L.device)
-        result[start:stop, start:stop] = torch.linalg.solve_triangular(block, eye, upper=False)
+        block.copy_(torch.linalg.solve_triangular(block, eye, upper=False))
         return
     middle = start + ((stop - start) // 2 + 127) // 128 * 128
-    _invert_into(L, result, start, middle)
-    _invert_into(L, result, middle, stop)
+    _invert(L, start, middle)
+    _invert(L, middle, stop)
     corner, first, second = (
         L[middle:stop, start:middle],
-        result[start:middle, start:middle],
-        result[middle:stop, middle:stop],
+        L[start:middle, start:middle],
+        L[middle:stop, middle:stop],
     )
     below = torch.empty_like(corner, memory_format=torch.contiguous_format)
     # Strips skip most of the zeros of a triangular factor, for nearly half of the arithmetic.
@@ -72,7 +68,7 @@ def _invert_into(L: Tensor, result: Tensor, start: int, stop: int) -> None:
     below.neg_()
     for a in range(0, second.shape[0], step):
         b = min(a + step, second.shape[0])
-        torch.mm(second[a:b, :b], below[:b], out=result[middle + a : middle + b, start:middle])
+        torch.mm(second[a:b, :b], below[:b], out=corner[a:b])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -171,6 +171,35 @@ def pack(
     }
 
 
+def planned(
+    layout: str,
+    out: int,
+    width: int,
+    group_size: int,
+    bits: int,
+    *,
+    scale_dtype: torch.dtype = torch.float16,
+    symmetric: bool,
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of every tensor that `pack` makes of a linear (out, width), by suffix."""
+    groups = 1 if group_size == -1 else width // group_size
+    if layout == "compressed-tensors":
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight_packed": (torch.int32, (out, -(-width * bits // 32))),
+            "weight_scale": (scale_dtype, (out, groups)),
+            "weight_shape": (torch.int64, (2,)),
+        }
+        if not symmetric:
+            tensors["weight_zero_point"] = (torch.int32, (-(-out * bits // 32), groups))
+        return tensors
+    zeros = (torch.int32, (groups, out * bits // 32))
+    scales = (torch.float16, (groups, out))
+    if layout == "awq":
+        return {"qweight": (torch.int32, (width, out * bits // 32)), "qzeros": zeros, "scales": scales}
+    words = (torch.int32, (width * bits // 32, out))
+    return {"qweight": words, "qzeros": zeros, "scales": scales, "g_idx": (torch.int32, (width,))}
+
+
 def _pack_compressed(q: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> dict[str, Tensor]:
     middle = 2 ** (bits - 1)
     rows = max(1, _SLICE // q.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shlex
 import tempfile
 import time
@@ -19,14 +20,18 @@ import capture
 import layouts
 import packing
 from calibration import Windows, load_windows, longest_window
-from checkpoint import CheckpointWriter, check_target
+from checkpoint import CheckpointWriter
 from config import EMBEDDED_MODEL, QuantizeConfig
-from console import Console, duration
-from errors import InputError, WorkError
-from evaluate import Measured, heldout_windows, measure, pick_device, sample
+from console import Blocks, Console, duration
+from errors import FinalError, InputError, WorkError
+from evaluate import Measured, QuantizedSource, heldout_windows, measure, pick_device, sample
 from folds import Fold, exact_folds, find_folds, unknown
 from hub import resolve_model
+from journal import Journal
 from moments import SecondMoment
+from publish import Staging, check_target
+from resume import KeptStates, first_entry, identity
+from shards import Planned
 from solve import EFFORTS, BlockChanges, LayerReport, Solved, SolveOptions, solve_block
 from source import Source, convert_pickles
 
@@ -64,36 +69,80 @@ class _Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time inside to `stages`; device work belongs to the stage that started it."""
+        self.stages.setdefault(name, 0.0)  # in the order in which they begin
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+        self.stages[name] += time.perf_counter() - start
 
 
 def quantize(config: QuantizeConfig, console: Console) -> Result:
     """Quantizes, writes, checks, measures. Errors: `InputError` before any long work, `WorkError` after."""
     started = time.perf_counter()
-    run = _prepare(config, console)
-    windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
-    console.note(f"calibration: {windows}")
-    heldout = None
-    if config.eval_data != "off":
-        heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
-    if run.device.type == "cuda":
-        torch.cuda.set_device(run.device)
-        torch.zeros((), device=run.device)  # the statistics exist once the device is in use
-        torch.cuda.reset_peak_memory_stats(run.device)
-    with CheckpointWriter(config.target, overwrite=config.may_replace) as writer:
-        _blocks(run, windows, writer)
-        worked = time.perf_counter() - started
-        gate = (lambda partial: _measure(run, partial, heldout)) if heldout is not None else None
-        published, measured = _finish(run, writer, windows, gate)
-    rows = _rows(run, windows, measured, published, worked, time.perf_counter() - started)
+    with Staging(config.target, overwrite=config.may_replace) as staging:
+        run = _prepare(config, console)
+        windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
+        console.note(f"calibration: {windows}")
+        heldout = None
+        if config.eval_data != "off":
+            heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
+        if run.device.type == "cuda":
+            torch.cuda.set_device(run.device)
+            torch.zeros((), device=run.device)  # the statistics exist once the device is in use
+            torch.cuda.reset_peak_memory_stats(run.device)
+        with _kept(staging, len(run.source.blocks)):
+            size = _write_checkpoint(run, windows, staging)
+            worked = time.perf_counter() - started
+            measured = _measure(run, staging, heldout)
+            _describe(run, staging, windows)
+            staging.publish()
+    rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
     return Result(
         config.target, config.method, config.bits, config.file_layout, rows, text, serve_line(config)
     )
+
+
+@contextmanager
+def _kept(staging: Staging, blocks: int) -> Iterator[None]:
+    """A failure says what is kept for the same command; nothing is where that would fail again."""
+    try:
+        yield
+    except FinalError:
+        staging.keep = False
+        raise
+    except InputError:
+        raise
+    except BaseException as error:
+        if staging.keep:
+            done = min(len(Journal(staging.work / "journal").entries) - 1, blocks)
+            error.add_note(f"{done} of {blocks} blocks are kept, the same command goes on there")
+        raise
+
+
+def _write_checkpoint(run: _Run, windows: Windows, staging: Staging) -> int:
+    """Everything but what is told of it, complete and read back; how many bytes its tensors have."""
+    config = run.config
+    run_id = identity(config, run.source, run.device, windows.fingerprint)
+    length = windows.tokens.shape[1]
+    widest = max(max(x.in_features, x.out_features) for x in run.source.linears(0))
+    batch = capture.MicroBatch(run.device, length, widest, limit=config.max_memory)
+    first = first_entry(
+        staging, run_id, {"windows": batch.windows}, restart=config.restart or config.no_resume
+    )
+    batch.windows = first["windows"]
+    keep = not config.no_resume
+    with CheckpointWriter(staging, _plan(run), first, keep=keep) as writer, KeptStates(staging, keep) as kept:
+        staging.write_json("config.json", _config_json(run))
+        _blocks(run, windows, writer, kept, batch)
+        skipped = staging.copy(_side_files(run))
+        if skipped:
+            run.console.warn(
+                f"links that lead out of the model's directory are left out: {', '.join(skipped)}"
+            )
+        writer.complete(config.file_layout, config.bits, config.group_size)
+    return writer.tensor_bytes
 
 
 _PROMPT = "This module provides"
@@ -109,7 +158,6 @@ def serve_line(config: QuantizeConfig) -> str:
 
 
 def _prepare(config: QuantizeConfig, console: Console) -> _Run:
-    check_target(config.target, config.may_replace)
     device = pick_device(config.device)
     if config.max_memory is not None:
         if device.type != "cuda":
@@ -184,47 +232,129 @@ def _prepare(config: QuantizeConfig, console: Console) -> _Run:
 # -- the work
 
 
-def _blocks(run: _Run, windows: Windows, writer: CheckpointWriter) -> None:
+def _blocks(
+    run: _Run, windows: Windows, writer: CheckpointWriter, kept: KeptStates, batch: capture.MicroBatch
+) -> None:
     source, device = run.source, run.device
-    widest = max(max(x.in_features, x.out_features) for x in source.linears(0))
-    home = _home(run, windows.tokens)
-    with run.stage("embed"):
-        states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
-    batch = capture.MicroBatch(device, states.length, widest, limit=run.config.max_memory)
+    done = len(writer.steps)
+    for step in writer.steps:
+        run.reports += [LayerReport(**report) for report in step["reports"]]
+    if done > len(source.blocks):
+        return
     with run.console.blocks(len(source.blocks)) as progress:
-        for index, name in enumerate(source.blocks):
-            block = source.modules[index]
-            progress.step("load")
-            with run.stage("load"):
-                source.load(block, name, device, run.compute)
-            kwargs = calls.kwargs[index]
-            groups = capture.distinct_inputs(block, states, kwargs)
-            _all_reached(source, index, groups)
-            progress.step("capture")
-            with run.stage("capture"):
-                moments = _moments(run, block, name, states, kwargs, groups, batch)
-            folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
-            changes = BlockChanges()
-            with run.stage("solve and write"):
-                for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
-                    progress.step(f"solved {solved.path}")
-                    with run.stage("of which write"):
-                        _write(run, writer, name, solved)
-            for parameter in sorted(changes.names):
-                writer.add(
-                    source.stored_name(f"{name}.{parameter}"),
-                    _stored(run, name, block.get_parameter(parameter)),
+        if done < len(source.blocks):
+            with run.stage("embed"):
+                states, calls = capture.embed(
+                    source, windows.tokens, _home(run, windows.tokens), device, run.compute
                 )
-            with run.stage("pass through"):
-                _pass_through(run, writer, index, changes)
+        if done:
+            run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
+            if done < len(source.blocks):
+                progress.step("replay of what is done")
+                with run.stage("replay of what is done"):
+                    _catch_up(run, writer, kept, states, calls, batch)
+            progress.skip(done)
+        for index in range(done, len(source.blocks)):
+            while True:
+                reported = len(run.reports)
+                try:
+                    _block(run, index, writer, states, calls.kwargs[index], batch, progress)
+                    break
+                except torch.cuda.OutOfMemoryError as error:
+                    told = str(error)
+                # Outside of the handler, which would keep what the failed attempt held.
+                source.release(source.modules[index])
+                writer.forget()
+                del run.reports[reported:]
+                _relieve(run, source.blocks[index], states, batch, told)
+            block = source.modules[index]
             if index + 1 < len(source.blocks):
                 progress.step("replay")
                 with run.stage("replay"):
-                    capture.replay(block, name, states, kwargs, batch)
+                    kept.wait()
+                    capture.replay(block, source.blocks[index], states, calls.kwargs[index], batch)
             source.release(block)
+            writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
+            if index + 1 < len(source.blocks):
+                kept.offer(states, index + 1)
             progress.advance()
     with run.stage("pass through"):
-        _pass_through(run, writer, None, BlockChanges())
+        _copy_outside(run, writer)
+    writer.commit({"reports": [], "windows": batch.windows})
+
+
+def _block(
+    run: _Run,
+    index: int,
+    writer: CheckpointWriter,
+    states: capture.States,
+    kwargs: dict[str, Any],
+    batch: capture.MicroBatch,
+    progress: Blocks,
+) -> None:
+    """Quantizes one block and hands everything of it to the writer; the states stay as they are."""
+    source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
+    progress.step("load")
+    with run.stage("load"):
+        source.load(block, name, run.device, run.compute)
+    groups = capture.distinct_inputs(block, states, kwargs)
+    _all_reached(source, index, groups)
+    progress.step("capture")
+    with run.stage("capture"):
+        moments = _moments(run, block, name, states, kwargs, groups, batch)
+    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+    changes = BlockChanges()
+    with run.stage("solve and write"):
+        for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
+            progress.step(f"solved {solved.path}")
+            with run.stage("of which write"):
+                _write(run, writer, name, solved)
+    with run.stage("pass through"):
+        _pass_through(run, writer, block, index, changes)
+
+
+def _relieve(run: _Run, name: str, states: capture.States, batch: capture.MicroBatch, told: str) -> None:
+    """After memory ran out in a block: gives up what can be done without, for another attempt.
+
+    Errors: `WorkError` where nothing is left, saying how much would have been needed; `told`: PyTorch's words.
+    """
+    moved = states.to_host()
+    if moved or batch.halve():
+        torch.cuda.empty_cache()
+        how = "the states in host memory" if moved else f"{batch.windows} windows at a time"
+        run.console.warn(f"{name}: out of memory on {run.device}, tried again with {how}")
+        return
+    match = re.search(r"allocate ([\d.]+) ([KMG])iB", told)
+    more = f" ({match[1]} {match[2]}iB more were asked for)" if match else ""
+    raise WorkError(
+        f"out of memory on {run.device} in {name}{more}, with one window at a time and the states in host memory: "
+        "free the GPU, raise --max_memory, lower --calib_seq_len, or take --device cpu"
+    )
+
+
+def _catch_up(
+    run: _Run,
+    writer: CheckpointWriter,
+    kept: KeptStates,
+    states: capture.States,
+    calls: capture.Calls,
+    batch: capture.MicroBatch,
+) -> None:
+    """Brings the states to where the first block that is not done takes them, through those in the files.
+
+    In the same micro-batches as then: their size can change the last bits of a product.
+    """
+    done = len(writer.steps)
+    start = kept.restore(states, done)
+    if start < done:
+        quantized = QuantizedSource(run.source, writer.directory)
+        for index in range(start, done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], quantized.modules[index]
+            quantized.load(block, name, run.device, run.compute)
+            capture.replay(block, name, states, calls.kwargs[index], batch)
+            quantized.release(block)
+    batch.windows = writer.steps[-1]["windows"]
 
 
 def _home(run: _Run, tokens: Tensor) -> torch.device:
@@ -308,40 +438,96 @@ def _write(run: _Run, writer: CheckpointWriter, name: str, solved: Solved) -> No
         )
 
 
-def _pass_through(run: _Run, writer: CheckpointWriter, index: int | None, changes: BlockChanges) -> None:
-    """Copies tensors that are not quantized: those of block `index`, or (None) those of no block."""
-    source = run.source
+def _others(source: Source, index: int | None) -> list[str]:
+    """Stored names of what is not quantized: in block `index`, or (None) in no block."""
     prefixes = tuple(source.stored_name(f"{block}.") for block in source.blocks)
     if index is None:
-        names = [n for n in source.outside() if not n.startswith(prefixes)]
-    else:
-        own = prefixes[index]
-        changed = {source.stored_name(f"{source.blocks[index]}.{n}") for n in changes.names}
-        quantized = {source.stored_name(f"{linear.name}.weight") for linear in source.linears(index)}
-        names = [n for n in source.files if n.startswith(own) and n not in changed and n not in quantized]
-    for stored in sorted(names):
-        writer.add(stored, _stored(run, stored, source.read(stored)))
+        return sorted(name for name in source.files if not name.startswith(prefixes))
+    quantized = {source.stored_name(f"{linear.name}.weight") for linear in source.linears(index)}
+    return sorted(n for n in source.files if n.startswith(prefixes[index]) and n not in quantized)
+
+
+def _head_copy(run: _Run) -> tuple[str, str] | None:
+    """The tied output head's name and tensor, where the file is to hold it twice.
+
+    AutoGPTQ takes what the file does not hold for zero, tied or not; who asks for its layout by name gets a file
+    that it can read.
+    """
+    return run.source.tied_head if run.config.layout == "gptq" else None
+
+
+def _plan(run: _Run) -> list[Planned]:
+    """Every tensor of the checkpoint, block by block and then the rest."""
+    source, config = run.source, run.config
+    planned: list[Planned] = []
+
+    def copied(stored: str, name: str | None = None) -> Planned:
+        dtype, shape = source.describe(stored)
+        return Planned(name or stored, run.store if dtype.is_floating_point else dtype, shape)
+
+    for index in range(len(source.blocks)):
+        for linear in source.linears(index):
+            tensors = packing.planned(
+                config.file_layout,
+                linear.out_features,
+                linear.in_features,
+                config.group_size,
+                config.bits,
+                scale_dtype=run.store,
+                symmetric=config.symmetric,
+            )
+            prefix = source.stored_name(linear.name)
+            planned += [Planned(f"{prefix}.{suffix}", *what) for suffix, what in tensors.items()]
+        planned += [copied(stored) for stored in _others(source, index)]
+    planned += [copied(stored) for stored in _others(source, None)]
+    head = _head_copy(run)
+    if head is not None:
+        planned.append(copied(head[1], head[0]))
+    return planned
+
+
+def _pass_through(
+    run: _Run, writer: CheckpointWriter, block: torch.nn.Module, index: int, changes: BlockChanges
+) -> None:
+    """Writes what is not quantized in block `index`: as folds changed it, or as it was.
+
+    The block goes on with what the file holds, so that reading it back gives the same states.
+    """
+    source, prefix = run.source, f"{run.source.blocks[index]}."
+    changed = {source.stored_name(f"{prefix}{name}"): name for name in changes.names}
+    for stored in _others(source, index):
+        tensor = block.get_parameter(changed[stored]) if stored in changed else source.read(stored)
+        writer.add(stored, _stored(run, stored, tensor))
+    quantized = {f"{linear.path}.weight" for linear in source.linears(index)}
+    for name, parameter in block.named_parameters():
+        if name not in quantized:
+            parameter.copy_(parameter.to(run.store))
+
+
+def _copy_outside(run: _Run, writer: CheckpointWriter) -> None:
+    for stored in _others(run.source, None):
+        writer.add(stored, _stored(run, stored, run.source.read(stored)))
+    head = _head_copy(run)
+    if head is not None:
+        writer.add(head[0], _stored(run, head[0], run.source.read(head[1])))
 
 
 def _stored(run: _Run, name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the dtype of the file. Errors: `WorkError` where float16 cannot hold it."""
+    """A tensor in the dtype of the file. Errors: `FinalError` where float16 cannot hold it."""
     if not tensor.is_floating_point() or tensor.dtype == run.store:
         return tensor
     cast = tensor.to(run.store)
     if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(cast).all()):
-        raise WorkError(f"{name} does not fit float16: convert the model to BF16 first")
+        raise FinalError(f"{name} does not fit float16: convert the model to BF16 first")
     return cast
 
 
 # -- the end
 
 
-def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) -> tuple[Any, Measured | None]:
-    config, source = run.config, run.source
-    raw = source.published_config()
-    name = str(run.store).removeprefix("torch.")
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = name
-    settings = packing.quantization_config(
+def _settings(run: _Run) -> dict[str, Any]:
+    config = run.config
+    return packing.quantization_config(
         config.file_layout,
         method=config.method,
         bits=config.bits,
@@ -351,11 +537,38 @@ def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) ->
         damp_percent=run.options.damping,
         not_converted=["lm_head"],
     )
-    raw["quantization_config"] = settings
-    extra: dict[str, dict[str, Any]] = {}
+
+
+def _config_json(run: _Run) -> dict[str, Any]:
+    raw = run.source.published_config()
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(run.store).removeprefix("torch.")
+    raw["quantization_config"] = _settings(run)
+    return raw
+
+
+_OWN = ("config.json", "quantize_config.json", "quantization_report.json")
+
+
+def _side_files(run: _Run) -> list[Path]:
+    return [path for path in run.source.side_files() if path.name not in _OWN]
+
+
+def _measure(run: _Run, staging: Staging, heldout: Tensor | None) -> Measured | None:
+    """What the files lose, None where it is not asked. Errors: `FinalError` over a limit."""
+    if heldout is None:
+        return None
+    with run.stage("measuring"):
+        measured = measure(run.source, staging.content, heldout, run.device)
+    _within(run.config, measured)
+    return measured
+
+
+def _describe(run: _Run, staging: Staging, windows: Windows) -> None:
+    """Writes what goes beside the weights; nothing in it depends on when, where or how long."""
+    config = run.config
     if config.file_layout == "gptq":
-        extra["quantize_config.json"] = settings
-    extra["quantization_report.json"] = {
+        staging.write_json("quantize_config.json", _settings(run))
+    report = {
         "method": config.method,
         "bits": config.bits,
         "group_size": config.group_size,
@@ -365,58 +578,39 @@ def _finish(run: _Run, writer: CheckpointWriter, windows: Windows, gate: Any) ->
         "seed": config.calibration.seed,
         "calibration": {"tokens": windows.tokens.numel(), "sha256": windows.fingerprint},
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers")},
-        "seconds": {name: round(seconds, 2) for name, seconds in run.stages.items()},
-        "layers": [asdict(r) | {"seconds": round(r.seconds, 3)} for r in run.reports],
+        "layers": [{k: v for k, v in asdict(r).items() if k != "seconds"} for r in run.reports],
     }
-    measured: list[Measured] = []
-
-    def check(partial: Path) -> None:
-        if gate is not None:
-            measured.append(gate(partial))
-            _within(config, measured[0])
-
-    published = writer.finish(
-        raw,
-        source.side_files(),
-        extra,
-        layout=config.file_layout,
-        bits=config.bits,
-        group_size=config.group_size,
-        accept=check,
-    )
-    return published, measured[0] if measured else None
-
-
-def _measure(run: _Run, directory: Path, heldout: Tensor) -> Measured:
-    return measure(run.source, directory, heldout, run.device)
+    staging.write_json("quantization_report.json", report)
 
 
 def _within(config: QuantizeConfig, measured: Measured) -> None:
-    """The gates. Errors: `WorkError` where a limit is passed; nothing is published then."""
+    """The gates. Errors: `FinalError` where a limit is passed; nothing is published then."""
     if config.max_kl is not None and measured.kl > config.max_kl:
-        raise WorkError(
+        raise FinalError(
             f"KL divergence {measured.kl:.4f} is over --max_kl {config.max_kl:g}: nothing published"
         )
     increase = 100 * (measured.perplexity_quantized / measured.perplexity_source - 1)
     if config.max_ppl_increase is not None and increase > config.max_ppl_increase:
-        raise WorkError(
+        raise FinalError(
             f"perplexity rises by {increase:.2f} %, over --max_ppl_increase {config.max_ppl_increase:g}: "
             "nothing published"
         )
 
 
 def _rows(
-    run: _Run, windows: Windows, measured: Measured | None, published: Any, worked: float, total: float
+    run: _Run, windows: Windows, measured: Measured | None, size: int, worked: float, total: float
 ) -> list[tuple[str, str]]:
     before = sum(path.stat().st_size for path in set(run.source.files.values()))
     worst = max(run.reports, key=lambda r: r.error)
     rows = [
         ("written", str(run.config.target)),
-        ("size", f"{before / 2**20:,.1f} MiB -> {published.tensor_bytes / 2**20:,.1f} MiB"),
+        ("size", f"{before / 2**20:,.1f} MiB -> {size / 2**20:,.1f} MiB"),
         ("calibration", str(windows)),
         ("time", f"{duration(total)}, of which quantization {duration(worked)}"),
         ("worst layer", f"{worst.name}: relative output error {worst.error:.2e}"),
     ]
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items() if seconds >= 0.05)
+    rows.append(("stages", stages))
     fallbacks = sum(r.fallback is not None for r in run.reports)
     if fallbacks:
         rows.append(("fallback", f"{fallbacks} layers rounded to nearest, see quantization_report.json"))

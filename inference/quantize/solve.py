@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from awq_search import choose_scales, scaled_factor
+from awq_search import choose_scales, scale_
 from folds import Fold, apply_fold
-from gptq_solver import Factor, NotFactorizable, compensate, condition, descend, factorize, output_error
+from gptq_solver import Factor, NotFactorizable, compensate, descend, factorize, output_error
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, round_to_nearest, search_grid
 
 REPORT_ROWS = 256  # rows of a layer on which its output error is told
@@ -130,7 +130,7 @@ def solve_block(
                 changes.names.update(folded.changed)
                 if folded.rows is not None:
                     divisors[fold.source] = folded.rows
-                problem.scale(folded.channels)
+                scale_(problem.H, problem.factor, folded.channels)
                 weights = [W * folded.channels for W in weights]
         shared = (time.perf_counter() - start) / len(paths)
         for path, module, W in zip(paths, modules, weights, strict=True):
@@ -159,7 +159,7 @@ def _linear(block: nn.Module, path: str) -> nn.Linear:
 
 @dataclass(slots=True)
 class _Problem:
-    """One input's second moment made ready: damped `H`, its factor, and why there is none."""
+    """One input's second moment made ready: damped `H`, its factor, and why there is none. Owns both matrices."""
 
     H: Tensor
     factor: Factor | None
@@ -178,13 +178,7 @@ class _Problem:
             # Not even its diagonal blocks can be trusted: it may be indefinite, or hold NaN.
             plain = torch.eye(width, device=device)
             return cls(plain, None, 0.0, dead, "rounded to nearest: second moment cannot be factorized")
-        return cls(condition(H, factor.damping), factor, factor.damping, dead, None)
-
-    def scale(self, channels: Tensor) -> None:
-        """The problem for inputs divided by `channels`."""
-        assert self.factor is not None
-        self.H = self.H / (channels[:, None] * channels)
-        self.factor = scaled_factor(self.factor, channels)
+        return cls(H, factor, factor.damping, dead, None)
 
     def solve(
         self, W: Tensor, spec: GridSpec, options: SolveOptions

@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+import shards
 from allocation import AllocationLimit, TooLarge
-from errors import InputError, WorkError, is_failure, one_line
+from errors import FinalError, InputError, WorkError, is_failure, one_line
 from untrusted import (
     check_counts,
     check_files,
@@ -350,10 +351,35 @@ class Source:
                 raise
             raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
 
+    def describe(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of one tensor, from its file's header. Errors: `WorkError` naming shard and tensor."""
+        path = self.files[stored]
+        try:
+            found = self._handle(path).get_slice(stored)
+            return shards.NAMES[found.get_dtype()], tuple(found.get_shape())
+        except KeyError as error:
+            raise WorkError(
+                f"{stored} in {path.name} is {error.args[0]}: such tensors cannot be copied"
+            ) from None
+        except SafetensorError as error:
+            raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
+
+    @property
+    def tied_head(self) -> tuple[str, str] | None:
+        """Names of the output head's weight and of the stored tensor that it is tied to; None where it is not."""
+        head = self.skeleton.get_output_embeddings()
+        if head is None:
+            return None
+        names = {id(module): name for name, module in self.skeleton.named_modules()}
+        weight = f"{names[id(head)]}.weight"
+        tensor = self._tied(weight)
+        embedding = self.stored_name(f"{names[id(self.skeleton.get_input_embeddings())]}.weight")
+        return (weight, tensor) if tensor == embedding else None
+
     def load(self, module: nn.Module, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
         """Gives every parameter of `module` (named `prefix`) its weights on `device`; buffers move along.
 
-        Errors: `WorkError` for a shape that is not the config's, or a weight that is NaN or infinite.
+        Errors: `WorkError` for a shape that is not the config's, `FinalError` for a weight that is NaN or infinite.
         """
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             full = f"{prefix}.{name}" if prefix else name
@@ -364,7 +390,7 @@ class Source:
                 )
             tensor = tensor.to(dtype)
             if not bool(torch.isfinite(tensor).all()):
-                raise WorkError(f"{full} has NaN or infinite weights: the {self.what} is broken")
+                raise FinalError(f"{full} has NaN or infinite weights: the {self.what} is broken")
             _set(module, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in list(module.named_buffers()):
             stored = self.stored_name(f"{prefix}.{name}" if prefix else name)

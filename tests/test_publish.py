@@ -1,0 +1,287 @@
+"""Directories complete or absent: the target is the old one or the new one at every moment, and one run has it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from errors import InputError, WorkError
+from publish import Staging, check_target
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def write(target: Path, text: str = "new", *, overwrite: bool = False) -> None:
+    with Staging(target, overwrite=overwrite) as staging:
+        staging.write_json("config.json", {"text": text})
+        staging.publish()
+
+
+def text(target: Path) -> str:
+    found = json.loads((target / "config.json").read_text(encoding="utf-8"))["text"]
+    assert isinstance(found, str)
+    return found
+
+
+# --- publishing -------------------------------------------------------------------------------------------
+
+
+def test_publishing(tmp_path: Path) -> None:
+    with Staging(tmp_path / "a" / "b" / "out", overwrite=False) as staging:
+        staging.write_json("config.json", {"text": "é"})
+        with pytest.raises(ValueError, match="not a plain file name"):
+            staging.write_json("../config.json", {})
+        assert names(tmp_path / "a" / "b") == {".out.partial"}
+        staging.publish()
+    assert names(tmp_path / "a" / "b") == {"out"}
+    assert names(tmp_path / "a" / "b" / "out") == {"config.json"}
+    assert text(tmp_path / "a" / "b" / "out") == "é"
+
+
+def test_leaving_leaves_nothing(tmp_path: Path) -> None:
+    with Staging(tmp_path / "a" / "out", overwrite=False) as staging:
+        staging.write_json("config.json", {})
+    assert names(tmp_path) == set()
+
+
+def test_what_is_kept_is_there_again(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out", overwrite=False) as staging:
+        staging.write_json("config.json", {"text": "half"})
+        (staging.work / "journal").write_text("something")
+        staging.keep = True
+    for _ in range(2):  # looking at it changes nothing
+        with Staging(tmp_path / "out", overwrite=False) as staging:
+            assert staging.keep
+            assert text(staging.content) == "half"
+    with Staging(tmp_path / "out", overwrite=False) as staging:
+        staging.clear()
+        assert names(staging.content) == set()
+    assert names(tmp_path) == set()
+
+
+def test_overwrite_replaces_at_the_end(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / "old.bin").write_text("old")
+    with Staging(tmp_path / "out", overwrite=True) as staging:
+        staging.write_json("config.json", {"text": "new"})
+        assert text(tmp_path / "out") == "old"
+        staging.publish()
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"config.json"}
+    assert text(tmp_path / "out") == "new"
+
+
+def test_overwrite_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    write(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", "new", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert text(tmp_path / "real") == "new"
+    assert names(tmp_path) == {"real", "link"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_old_comes_back_when_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "checkpoint":
+            assert "out" not in names(tmp_path)  # the old one is aside at this moment
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises((WorkError, KeyboardInterrupt)):
+        write(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == {"out"}
+    assert text(tmp_path / "out") == "old"
+
+
+def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
+    def work() -> None:
+        with Staging(tmp_path / "out", overwrite=False) as staging:
+            staging.write_json("config.json", {"text": "new"})
+            write_other()
+            staging.publish()
+
+    def write_other() -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text('{"text": "someone else\'s"}')
+
+    with pytest.raises(InputError, match="exists: use --overwrite"):
+        work()
+    assert names(tmp_path) == {"out"}
+    assert text(tmp_path / "out") == "someone else's"
+
+
+# --- after a kill -----------------------------------------------------------------------------------------
+
+
+def test_killed_between_the_renames(tmp_path: Path) -> None:
+    """The old one comes back, nothing of the new one is lost, and then it is published."""
+    write(tmp_path / "out", "old")
+    with Staging(tmp_path / "out", overwrite=True) as staging:
+        staging.write_json("config.json", {"text": "new"})
+        (staging.work / "journal").write_text("something")
+        staging.keep = True
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with (
+        pytest.raises(InputError, match="exists: use --overwrite"),
+        Staging(tmp_path / "out", overwrite=False),
+    ):
+        pytest.fail("not refused")
+    assert names(tmp_path) == {"out", ".out.partial"}
+    with Staging(tmp_path / "out", overwrite=True) as staging:
+        assert text(tmp_path / "out") == "old"
+        assert text(staging.content) == "new"
+        staging.publish()
+    assert names(tmp_path) == {"out"}
+    assert text(tmp_path / "out") == "new"
+
+
+def test_killed_after_the_renames(tmp_path: Path) -> None:
+    write(tmp_path / "out", "new")
+    write(tmp_path / ".out.old", "old")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "journal").write_text("something")
+    with (
+        pytest.raises(InputError, match="exists: use --overwrite"),
+        Staging(tmp_path / "out", overwrite=False),
+    ):
+        pytest.fail("not refused")
+    assert names(tmp_path) == {"out"}
+    assert text(tmp_path / "out") == "new"
+
+
+# --- one run at a time ------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out", overwrite=False) as staging:
+        staging.write_json("config.json", {"text": "new"})
+        with (
+            pytest.raises(InputError, match=r"another run is writing .*/out: wait for it") as caught,
+            Staging(tmp_path / "out", overwrite=False),
+        ):
+            pytest.fail("not refused")
+        assert "\n" not in str(caught.value)
+        assert names(staging.content) == {"config.json"}
+        staging.publish()
+    assert text(tmp_path / "out") == "new"
+
+
+def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, os; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\nfrom publish import Staging\n"
+        "Staging(Path(sys.argv[1]), overwrite=False).__enter__()\nos._exit(9)"
+    )
+    module = Path(sys.modules["publish"].__file__ or "").parent
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), str(module)], check=False)
+    assert done.returncode == 9
+    assert names(tmp_path) == {".out.partial"}
+    write(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+
+
+# --- side files -------------------------------------------------------------------------------------------
+
+
+def test_side_files(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "secret").write_text("outside")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "inner.txt").symlink_to("tokenizer.json")
+    (source / "outer.txt").symlink_to(tmp_path / "secret")
+    with Staging(tmp_path / "out", overwrite=False) as staging:
+        staging.write_json("config.json", {})
+        assert staging.copy(sorted(source.iterdir())) == ("outer.txt",)
+        staging.publish()
+    out = tmp_path / "out"
+    assert names(out) == {"config.json", "tokenizer.json", "inner.txt"}
+    assert (out / "inner.txt").read_text() == "{}"
+    assert not (out / "inner.txt").is_symlink()
+
+
+def test_side_files_of_a_hub_cache(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--x" / "blobs").mkdir()
+    (tmp_path / "models--x" / "blobs" / "1234").write_text("vocabulary")
+    (snapshot / "vocab.txt").symlink_to("../../blobs/1234")
+    with Staging(tmp_path / "out", overwrite=False) as staging:
+        assert staging.copy([snapshot / "vocab.txt"]) == ()
+        assert (staging.content / "vocab.txt").read_text() == "vocabulary"
+
+
+# --- the target before the work ---------------------------------------------------------------------------
+
+
+def test_good_targets(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "source").mkdir()
+    check_target(tmp_path / "a" / "b", False, 1000, tmp_path / "source")
+    check_target(tmp_path / "empty", True)
+    assert names(tmp_path) == {"empty", "source"}
+
+
+def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("x")
+    (tmp_path / "models" / "source").mkdir(parents=True)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    source = tmp_path / "models" / "source"
+    (source / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(source)
+
+    def refused(message: str, path: Path, overwrite: bool = True, needed: int = 0) -> None:
+        with pytest.raises(InputError, match=message) as caught:
+            check_target(path, overwrite, needed, source)
+        assert "\n" not in str(caught.value)
+
+    refused("exists: use --overwrite", tmp_path / "photos", overwrite=False)
+    refused("no checkpoint that --overwrite may delete", tmp_path / "photos")
+    refused("exists and is not a directory", tmp_path / "file")
+    refused("file is not a directory", tmp_path / "file" / "out")
+    refused("source model's directory or inside", source)
+    refused("source model's directory or inside", source / "out")
+    refused("source model's directory or inside", tmp_path / "link")
+    refused("holds the source model", tmp_path / "models")
+    refused(r"too little disk at .* free \d+\.\d\d GiB or choose", tmp_path / "out", needed=1 << 60)
+    monkeypatch.setattr("publish.os.access", lambda *_: False)
+    refused("is not writable", tmp_path / "new" / "out")
+    assert names(tmp_path) == {"file", "photos", "models", "link"}
+
+
+def test_mount_point_is_refused() -> None:
+    with pytest.raises(InputError, match="mount point"):
+        check_target(Path("/proc"), True)
+
+
+def test_writer_asks_again(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("x")
+    with pytest.raises(InputError, match="no checkpoint"):
+        write(tmp_path / "photos", overwrite=True)
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(InputError, match="cannot write to"):
+        write(tmp_path / "new" / ("x" * 250))
+    assert names(tmp_path) == set()

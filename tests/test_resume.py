@@ -1,0 +1,189 @@
+"""Going on after an interrupted run: the same bytes, however little of it is left; another run is told apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline
+from config import EMBEDDED_CALIBRATION
+from conftest import MAIN
+from models import FAMILIES, write
+from solve import solve_block
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
+    """A model of three blocks in a dtype; float32 is written as float16, so that nothing is copied as it is."""
+    made: dict[torch.dtype, Path] = {}
+
+    def find(dtype: torch.dtype) -> Path:
+        if dtype not in made:
+            config = FAMILIES["llama_gqa"]()
+            config.num_hidden_layers = BLOCKS
+            made[dtype] = write(tmp_path_factory.mktemp("models") / "model", config, dtype=dtype)
+        return made[dtype]
+
+    return find
+
+
+def words(model: Path, target: Path) -> list[str]:
+    return [
+        "--model_path", str(model), "--output_path", str(target), "--group_size", "32", "--device", "cpu",
+        "--calib_data", str(EMBEDDED_CALIBRATION), "--calib_samples", "6", "--calib_seq_len", "32",
+        "--eval_samples", "2",
+    ]  # fmt: skip
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def interrupted(method: str, arguments: list[str], before: int) -> list[str]:
+    """Runs until block `before` is to be solved; the names of the blocks that were solved."""
+    solved: list[str] = []
+
+    def until(block: torch.nn.Module, name: str, *rest: Any) -> Any:
+        if len(solved) == before:
+            raise KeyboardInterrupt
+        solved.append(name)
+        return solve_block(block, name, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "solve_block", until)
+        code = MAIN[method](arguments)
+    assert code == (130 if before < BLOCKS else 0)
+    return solved
+
+
+def place(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_the_same_bytes(method: str, dtype: torch.dtype, models: Any, tmp_path: Path) -> None:
+    """With the states that were kept, without them, and with damaged ones."""
+    model = models(dtype)
+    assert len(interrupted(method, words(model, tmp_path / "whole"), BLOCKS)) == BLOCKS
+    for name in ("kept", "gone", "damaged", "older"):
+        target = tmp_path / name
+        assert len(interrupted(method, words(model, target), 2)) == 2
+        states = place(target) / "states.safetensors"
+        assert states.is_file()
+        if name == "gone":
+            states.unlink()
+        elif name == "damaged":
+            data = bytearray(states.read_bytes())
+            data[-1] ^= 1
+            states.write_bytes(data)
+        elif name == "older":  # of an earlier block, as where they are too large to be kept each time
+            shutil.rmtree(place(target))
+            assert len(interrupted(method, words(model, target), 1)) == 1
+            early = states.read_bytes()
+            assert len(interrupted(method, words(model, target), 1)) == 1
+            states.write_bytes(early)
+        assert len(interrupted(method, words(model, target), BLOCKS)) == 1
+        assert contents(target) == contents(tmp_path / "whole"), name
+        assert not place(target).exists()
+
+
+def test_a_damaged_block_is_done_again(models: Any, tmp_path: Path) -> None:
+    model, target = models(torch.bfloat16), tmp_path / "out"
+    interrupted("gptq", words(model, tmp_path / "whole"), BLOCKS)
+    interrupted("gptq", words(model, target), 2)
+    from safetensors import safe_open
+
+    shard = place(target) / "checkpoint" / "model.safetensors"
+    with safe_open(shard, framework="pt") as stored:
+        victim = stored.get_tensor("model.layers.1.mlp.up_proj.qweight").numpy().tobytes()[:64]
+    data = shard.read_bytes()
+    assert data.count(victim) == 1
+    at = data.index(victim)
+    shard.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    assert interrupted("gptq", words(model, target), BLOCKS) == ["model.layers.1", "model.layers.2"]
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_what_differs_is_told(
+    models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(models(torch.bfloat16), tmp_path / "model"))
+    target = tmp_path / "out"
+    arguments = words(model, target)
+    interrupted("gptq", arguments, 2)
+    text = tmp_path / "other.txt"
+    text.write_text(EMBEDDED_CALIBRATION.read_text(encoding="utf-8")[5000:])
+    weights = model / "model.safetensors"
+    stamp = weights.stat()
+
+    def refused(method: str, more: list[str], *said: str) -> None:
+        capsys.readouterr()
+        assert MAIN[method]([*arguments, *more]) == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert "add --restart to begin anew" in line
+        for part in said:
+            assert part in line
+        assert (place(target) / "journal").is_file()
+
+    refused("gptq", ["--bits", "3"], "--bits (4 there, 3 here)", "--format (gptq there, compressed-tensors")
+    refused("gptq", ["--damp_percent", "0.2"], "--damp_percent (0.1 there, 0.2 here)")
+    refused("gptq", ["--calib_data", str(text)], "differs in the calibration text:")
+    refused("gptq", ["--seed", "4"], "differs in the calibration text:")
+    refused("awq", [], "the method (gptq there, awq here)")
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    refused("gptq", [], "differs in the model's weights:")
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with monkeypatch.context() as patch:
+        patch.setattr("resume.importlib.metadata.version", lambda name: "9.9")
+        refused("gptq", [], "there, 9.9 here)")
+
+    # Measuring is no part of it, nor what the target may be.
+    assert interrupted("gptq", [*arguments, "--eval_data", "off", "--overwrite"], BLOCKS) == [
+        "model.layers.2"
+    ]
+    shutil.rmtree(target)
+    interrupted("gptq", arguments, 2)
+    assert len(interrupted("gptq", [*arguments, "--bits", "3", "--restart"], BLOCKS)) == BLOCKS
+    assert not place(target).exists()
+
+
+def test_a_failed_limit_keeps_nothing(models: Any, tmp_path: Path) -> None:
+    """The same command would fail again; with another limit the work is to be done again too."""
+    assert MAIN["gptq"]([*words(models(torch.bfloat16), tmp_path / "out"), "--max_kl", "0"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks are done: nothing is computed again but what is measured."""
+    model, target = models(torch.bfloat16), tmp_path / "out"
+    interrupted("gptq", words(model, tmp_path / "whole"), BLOCKS)
+
+    def killed(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure", killed)
+        assert MAIN["gptq"](words(model, target)) == 1
+    assert place(target).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("capture.embed", killed)
+        patch.setattr("pipeline.measure", lambda *args: _measured())
+        assert interrupted("gptq", words(model, target), BLOCKS) == []
+    assert set(contents(target)) == set(contents(tmp_path / "whole"))
+    weights = "model.safetensors"
+    assert contents(target)[weights] == contents(tmp_path / "whole")[weights]
+
+
+def _measured() -> Any:
+    from evaluate import Measured
+
+    return Measured(1, 2.0, 2.0, 0.0, 1.0)
