@@ -229,7 +229,8 @@ class _Text:
         for (document, _), ids in zip(kept, self._encode([text for _, text in kept]), strict=True):
             # A chat template may have closed the conversation itself, with a line end behind.
             closed = set(self.separator) & set(ids[-2:])
-            yield document, ids if closed else ids + self.separator
+            if ids:  # else separators alone would make windows
+                yield document, ids if closed else ids + self.separator
 
     def report(self, log: Callable[[str], None]) -> None:
         """Tells of conversations that the template refused. Raises InputError where it was all of them."""

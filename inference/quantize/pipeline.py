@@ -436,6 +436,11 @@ def _write(run: _Run, writer: CheckpointWriter, name: str, solved: Solved) -> No
         run.console.warn(
             f"{report.name}: damping raised to {report.damping:g} before the factorization succeeded"
         )
+    if report.dead and report.fallback is None:
+        run.console.warn(
+            f"{report.name}: {report.dead} of {solved.q.shape[1]} input channels carried nothing; their weights are "
+            "rounded to nearest"
+        )
 
 
 def _others(source: Source, index: int | None) -> list[str]:

@@ -203,16 +203,19 @@ class Staging:
                 self._old.rename(self.target)
 
     def clear(self) -> None:
-        """Removes what an earlier run left, but for the lock."""
+        """Removes what an earlier run left, but for the lock. Errors: `WorkError`."""
         self.keep = False
-        for path in self.work.iterdir():
-            if path.name == "lock":
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        self.content.mkdir()
+        try:
+            for path in self.work.iterdir():
+                if path.name == "lock":
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            self.content.mkdir()
+        except OSError as error:
+            raise failure(error, self.target.parent) from None
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A file of the content with one JSON object, durable on return."""
@@ -269,6 +272,9 @@ class Staging:
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+        else:
+            with suppress(OSError):  # not empty: another run's, or never made
+                self.work.rmdir()
         if not self._published:
             for parent in reversed(self._made):
                 with suppress(OSError):  # not empty: what is kept lies there
