@@ -29,6 +29,7 @@ _PARTS = {
         "weight_g_idx",
     ),
 }
+_RANKS = {"g_idx": 1, "weight_g_idx": 1, "weight_shape": 1}  # of those that are no matrices
 _AT_ONCE = 1 << 23  # values unpacked together; each takes some 40 bytes on the way
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # column k of eight lies in this nibble, lowest first
 
@@ -75,6 +76,9 @@ class Saved:
         names = [f"{linear}.{part}" for part in _PARTS[self.layout]]
         parts = {n.removeprefix(f"{linear}."): self._tensor(n, device) for n in names if n in self._stored}
         try:
+            for part, tensor in parts.items():
+                if tensor.ndim != _RANKS.get(part, 2):
+                    raise ValueError(f"{part} has {tensor.ndim} dimensions")
             if self.layout == "awq":
                 return _awq(parts)
             if self.layout == "gptq":
