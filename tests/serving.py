@@ -33,14 +33,14 @@ KINDS: tuple[Kind, ...] = ("awq", "gptq", "compressed-tensors")
 def make_checkpoint(kind: Kind, out_dir: Path) -> Path:
     """The embedded model at 4 bits, in the layout `kind`, as a user's command writes it but for less calibration.
 
-    `awq`; `gptq`, symmetric; `compressed-tensors`, asymmetric GPTQ.
+    `awq`; `gptq`, symmetric, by name and so with the tied head's copy; `compressed-tensors`, asymmetric GPTQ.
     """
     short = ["--calib_samples", "16", "--quality", "fast", "--eval_data", "off", "--quiet"]
     command = ["--output_path", str(out_dir), *short]
     if kind == "awq":
         code = awq_quantize.main([*command, "--group_size", "128"])
     elif kind == "gptq":
-        code = gptq_quantize.main([*command, "--group_size", "32"])
+        code = gptq_quantize.main([*command, "--group_size", "32", "--format", "gptq"])
     else:
         code = gptq_quantize.main([*command, "--group_size", "64", "--sym", "false"])
     assert code == 0

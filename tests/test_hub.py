@@ -209,7 +209,7 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-MODEL_FILES = {p.name for p in EMBEDDED.iterdir()} - {"README.md"}
+MODEL_FILES = {p.name for p in EMBEDDED.iterdir()}
 Calls = dict[str, tuple[str, str, dict[str, Any]]]
 ONLINE: Calls = {
     "model": ("model", "org/tiny", {}),

@@ -285,3 +285,22 @@ def test_fallback_where_triton_cannot_run() -> None:
         assert not kernels.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
     with pytest.raises(ValueError, match="contiguous"):
         kernels._rows(W.T)
+
+
+def test_tensor_cores_are_put_back() -> None:
+    """Inside, TF32 is allowed; after it, also after an error, what was set before holds."""
+    settings = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
+    before, inside = getattr(settings, name), []
+
+    @kernels.tensor_cores()
+    def fail() -> None:
+        inside.append(getattr(settings, name))
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+    assert inside[0] == inside[1] != before
+    assert inside[0] in ("tf32", True)
+    assert getattr(settings, name) == before

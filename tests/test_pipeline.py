@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import awq_quantize
+import card
 import gptq_quantize
 import pipeline
 from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
@@ -39,6 +40,7 @@ COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
     ("awq", "--bits 8", "compressed-tensors", 8, False, 128),
     ("awq", "--bits 8 --zero_point no --group_size -1", "compressed-tensors", 8, True, -1),
     ("awq", "--bits 8 --format gptq --group_size 32", "gptq", 8, False, 32),
+    ("awq", "--quality best", "awq", 4, False, 128),
     ("gptq", "", "gptq", 4, True, 128),
     ("gptq", "--desc_act false", "gptq", 4, True, 128),
     ("gptq", "--group_size 32", "gptq", 4, True, 32),
@@ -132,8 +134,9 @@ def sides(path: Path, source: Path) -> None:
     """Every other file of the source is there, byte for byte, and no other but those that belong."""
     for file in source.iterdir():
         if file.suffix != ".safetensors" and file.name not in ("config.json", "model.safetensors.index.json"):
-            assert (path / file.name).read_bytes() == file.read_bytes()
-    own = {"config.json", "quantize_config.json", "quantization_report.json", "model.safetensors"}
+            name = "BASE_README.md" if file.name == "README.md" else file.name
+            assert (path / name).read_bytes() == file.read_bytes()
+    own = {"config.json", "quantize_config.json", "model.safetensors", *card.OWN}
     assert {p.name for p in path.iterdir()} <= own | {p.name for p in source.iterdir()}
     config, before = (json.loads((p / "config.json").read_text()) for p in (path, source))
     old = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct"}
@@ -255,8 +258,11 @@ def test_beats_rounding_to_nearest(
 
 
 def test_quality_buys_something(runs: Runs, compare: Callable[[Path], Measured]) -> None:
-    fast, default = (compare(runs("gptq", *words, *MORE).path).kl for words in (["--quality", "fast"], []))
+    fast, default, best = (
+        compare(runs("gptq", "--quality", quality, *MORE).path).kl for quality in ("fast", "default", "best")
+    )
     assert default < fast
+    assert best < 0.95 * default
 
 
 def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Path], Measured]) -> None:

@@ -200,6 +200,15 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out"}
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("publish.fcntl.flock", unsupported)
+    write(tmp_path / "out")
+    assert text(tmp_path / "out") == "new"
+
+
 # --- side files -------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,9 @@ def words(model: Path, target: Path) -> list[str]:
     ]  # fmt: skip
 
 
+plain_words = words
+
+
 def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
@@ -68,11 +71,24 @@ def place(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_the_same_bytes(method: str, dtype: torch.dtype, models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype", "quality"),
+    [
+        ("awq", torch.float32, "default"),
+        ("awq", torch.bfloat16, "default"),
+        ("gptq", torch.float32, "default"),
+        ("gptq", torch.bfloat16, "default"),
+        ("awq", torch.bfloat16, "best"),  # follows the source's own states, which are not kept
+        ("gptq", torch.float32, "best"),
+    ],
+)
+def test_the_same_bytes(method: str, dtype: torch.dtype, quality: str, models: Any, tmp_path: Path) -> None:
     """With the states that were kept, without them, and with damaged ones."""
     model = models(dtype)
+
+    def words(model: Path, target: Path) -> list[str]:
+        return [*plain_words(model, target), "--quality", quality]
+
     assert len(interrupted(method, words(model, tmp_path / "whole"), BLOCKS)) == BLOCKS
     for name in ("kept", "gone", "damaged", "older"):
         target = tmp_path / name
@@ -154,6 +170,18 @@ def test_what_differs_is_told(
     interrupted("gptq", arguments, 2)
     assert len(interrupted("gptq", [*arguments, "--bits", "3", "--restart"], BLOCKS)) == BLOCKS
     assert not place(target).exists()
+
+
+def test_pickled_weights_are_known_again(models: Any, tmp_path: Path) -> None:
+    """They are converted anew by each run, into another place."""
+    from safetensors.torch import load_file
+
+    model = Path(shutil.copytree(models(torch.bfloat16), tmp_path / "model"))
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    arguments = [*words(model, tmp_path / "out"), "--allow_pickle"]
+    assert len(interrupted("gptq", arguments, 2)) == 2
+    assert len(interrupted("gptq", arguments, BLOCKS)) == 1
 
 
 def test_a_failed_limit_keeps_nothing(models: Any, tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def test_condition() -> None:
     assert condition(H, 0.5).diagonal().tolist() == [2.0, 3.0, 4.0, 5.0]  # mean 2: floored to 2, plus 1
     assert H[1, 1] == 0
     assert condition(torch.zeros(3, 3), 0.1).diagonal().tolist() == pytest.approx([1.1] * 3)
+    outlier = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1e6]))  # counts for ten times the median, which is 2
+    assert condition(outlier, 0.5).diagonal().tolist() == pytest.approx([4.25, 5.25, 6.25, 1e6 + 3.25])
     assert activation_order(torch.diag(torch.tensor([1.0, 5.0, 1.0, 5.0]))).tolist() == [1, 3, 0, 2]
 
 

@@ -494,3 +494,17 @@ def test_rope_is_read_as_before(family: str, rope: dict[str, Any], copied: Calla
         assert found == before
     else:
         assert family == "gpt_neox"
+
+
+def test_what_is_written_into_a_block_is_not_read_again(saved: Callable[..., Path]) -> None:
+    """float32 on the CPU needs no conversion, and files are mapped."""
+    source = Source.open(saved("llama", torch.float32))
+    block: Any = source.modules[0]
+    name = source.blocks[0]
+    source.load(block, name, CPU, torch.float32)
+    weight = block.mlp.up_proj.weight
+    before = weight.clone()
+    with torch.no_grad():
+        weight.zero_()
+    source.load(block, name, CPU, torch.float32)
+    assert torch.equal(block.mlp.up_proj.weight, before)

@@ -96,6 +96,18 @@ class States:
         self.data[start:stop].copy_(value, non_blocking=self.data.is_pinned())
 
 
+def copied(states: States) -> States:
+    """The same states once more, in the same place."""
+    copy = States(
+        (len(states), states.length, states.data.shape[2]),
+        states.data.dtype,
+        states.data.device,
+        states.device,
+    )
+    copy.data.copy_(states.data)
+    return copy
+
+
 @dataclass(slots=True)
 class Calls:
     """The keyword arguments that each block is called with beside its states."""
@@ -356,3 +368,76 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
             f"the states after {name} are not finite: the model overflows {states.data.dtype}; "
             "use a BF16 copy of the model, or --device cpu (which computes in FP32)"
         )
+
+
+@torch.no_grad()
+def inputs_of(
+    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], path: str, before: str | None
+) -> tuple[Tensor, Tensor]:
+    """What enters the linear `path` for states `hidden`, and what enters module `before` (None: the block) ahead of
+    it: both (tokens, width). Nothing after the linear's input is computed."""
+    caught: dict[str, Tensor] = {"": hidden}
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught[before or ""] = args[0]
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught[path] = args[0]
+        raise _Stop
+
+    handles = [block.get_submodule(before).register_forward_pre_hook(keep)] if before is not None else []
+    handles.append(block.get_submodule(path).register_forward_pre_hook(stop))
+    try:
+        with suppress(_Stop):
+            forward(block, hidden, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(caught[name].reshape(-1, caught[name].shape[-1]) for name in (path, before or ""))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def residual_writers(block: nn.Module, states: States, kwargs: dict[str, Any]) -> dict[str, str | None]:
+    """Linears whose output is added to the stream of states, and where the stream can be seen ahead of each: the module
+    that it enters, or None for the block itself.
+
+    Found by numbers, not names: output and stream give exactly what enters a later module or leaves the block.
+    """
+    hidden = states.get(0, 1)
+    entered: list[tuple[str | None, Tensor]] = [(None, hidden)]
+    made: list[tuple[str, Tensor, int]] = []  # linear, output, how many inputs had been seen before
+
+    def enter(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].shape == hidden.shape:
+                entered.append((path, args[0].clone()))
+
+        return hook
+
+    def leave(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            if out.shape == hidden.shape:
+                made.append((path, out.clone(), len(entered)))
+
+        return hook
+
+    handles = []
+    for path, module in block.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(enter(path)))
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(leave(path)))
+    try:
+        result = forward(block, hidden, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, str | None] = {}
+    for path, out, seen in made:
+        after = [x for _, x in entered[seen:]] + [result]
+        for before, stream in entered[:seen]:
+            total = stream + out
+            if any(torch.equal(total, x) for x in after):
+                found[path] = before
+                break
+    return found

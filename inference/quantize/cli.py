@@ -212,7 +212,8 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     )
     grid.add(
         "quality",
-        "how much search to spend: fast for a trial, best where time does not matter",
+        "how much search to spend: fast for a trial, best where time does not matter; best also runs the "
+        "unquantized model beside the quantized one, and every layer aims at its outputs",
         choices=get_args(Quality),
     )
 

@@ -17,6 +17,7 @@ LayoutChoice = Literal["auto", "awq", "gptq", "compressed-tensors"]
 ActOrderGroups = Literal["static", "dynamic"]
 Quality = Literal["fast", "default", "best"]
 
+VERSION = "0.1.0"  # pyproject.toml's
 BITS: dict[str, tuple[int, ...]] = {"awq": (4, 8), "gptq": (2, 3, 4, 8)}
 CALIB_SAMPLES = {"awq": 512, "gptq": 1024}
 CALIB_SEQ_LEN = {"awq": 512, "gptq": 2048}

@@ -18,6 +18,7 @@ from torch import Tensor
 import kernels
 from grid import Grid, GridSpec, representable
 
+OUTLIER = 10.0  # times the median of the diagonal
 COLUMNS = 128  # columns of one step of the blocked recursion
 STRIP = 1024  # rows of a large matrix that are moved at a time
 
@@ -42,11 +43,14 @@ def condition_(H: Tensor, damping: float) -> None:
     """Floors dead channels of `H` (in, in) and adds `damping` times the mean diagonal, in place.
 
     A *dead* channel (zero on the diagonal) carried no signal: any weight would do, and a one on the diagonal makes
-    it round to nearest.
+    it round to nearest. An *outlier*, a channel far over the median, counts for `OUTLIER` medians in the mean: a few
+    of them would otherwise damp away all that is known of the others.
     """
     diagonal = H.diagonal()
-    mean = diagonal.mean()
-    floor = torch.where(mean > 0, mean, torch.ones_like(mean))
+    live = diagonal[diagonal > 0]
+    floor = torch.ones((), dtype=H.dtype, device=H.device)
+    if len(live):
+        floor = torch.minimum(diagonal, OUTLIER * live.median()).mean()
     diagonal.copy_(torch.where(diagonal <= 0, floor, diagonal))
     diagonal.add_(damping * floor)
 
@@ -78,6 +82,18 @@ def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10
         damping = max(damping * 10, 1e-3)
 
 
+def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
+    """The weights that come closest to a target which `W` misses because its inputs have changed: float32 (out, in).
+
+    For inputs `x` where the target is `W x + e`, the least squares of `(W + C) x` against it, damped towards `C = 0`,
+    is `C = E[e x^T] H^-1`. missed: `E[e x^T]`, (out, in); factor: of the second moment of `x`. With the inputs `x~` of
+    a model that was not quantized, `e = W (x~ - x)`: the aim of GPTAQ (arXiv:2504.02692), here all columns at once.
+    """
+    correction = torch.empty_like(W)
+    correction[:, factor.order] = missed[:, factor.order] @ factor.R.T @ factor.R
+    return W + correction
+
+
 def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | None:
     """`R` in float32, from a Cholesky in `dtype`; None where there is none. One new (in, in), worked on in place."""
     width = H.shape[0]
@@ -106,6 +122,7 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
     return R
 
 
+@kernels.tensor_cores()
 def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     """GPTQ's recursion over the static groups of `grid`: integers, uint8 (out, in), in the channels' own order.
 
@@ -135,6 +152,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     return result.T.contiguous()
 
 
+@kernels.tensor_cores()
 def descend(
     W: Tensor, q: Tensor, grid: Grid, spec: GridSpec, H: Tensor, *, sweeps: int, refit: bool
 ) -> tuple[Tensor, Grid]:

@@ -26,6 +26,7 @@ FILES = (
     "*.model",
     "*.txt",
     "*.tiktoken",
+    "README.md",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",

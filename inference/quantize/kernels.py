@@ -9,6 +9,8 @@ Knows tensors only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,27 @@ def on_triton(tensor: Tensor) -> bool:
 
 def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Products.
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Inside it, float32 products on a GPU round their inputs to TF32's ten bits, for several times the speed.
+
+    For the updates of rounding and descent, whose inputs are themselves errors of rounding: there it changes nothing
+    that can be measured (benchmarks/quality.md). Not for a factorization, which needs every bit.
+    """
+    settings = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(settings, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(settings, name)
+    setattr(settings, name, value)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -97,3 +97,24 @@ class SecondMoment:
             self._sum /= max(self.tokens, 1)
             self._finished = True
         return self._sum
+
+
+class CrossMoment:
+    """The sum of `y x^T` over tokens: float32 (outputs, width), for two tensors of the same tokens."""
+
+    def __init__(self, outputs: int, width: int, device: torch.device | str) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(outputs, width, dtype=torch.float32, device=device)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Counts the tokens of `y` (tokens, outputs) and `x` (tokens, width), of one dtype and device."""
+        self.tokens += x.shape[0]
+        if x.dtype != torch.float32 and x.is_cuda and _mixed_product():
+            torch.ops.aten.addmm.dtype_out(self._sum, y.T, x, torch.float32, out=self._sum)
+            return
+        for start in range(0, x.shape[0], CHUNK):
+            self._sum.addmm_(y[start : start + CHUNK].float().T, x[start : start + CHUNK].float())
+
+    def finish(self) -> Tensor:
+        """The mean; zeros where no token came. Nothing can be added afterwards."""
+        return self._sum.div_(max(self.tokens, 1))

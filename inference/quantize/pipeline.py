@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 import re
 import shlex
 import tempfile
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import capture
+import card
 import layouts
 import packing
 from calibration import Windows, load_windows, longest_window
@@ -26,6 +27,7 @@ from console import Blocks, Console, duration
 from errors import FinalError, InputError, WorkError
 from evaluate import Measured, QuantizedSource, heldout_windows, measure, pick_device, sample
 from folds import Fold, exact_folds, find_folds, unknown
+from follow import Follower
 from hub import resolve_model
 from journal import Journal
 from moments import SecondMoment
@@ -95,7 +97,7 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
             size = _write_checkpoint(run, windows, staging)
             worked = time.perf_counter() - started
             measured = _measure(run, staging, heldout)
-            _describe(run, staging, windows)
+            _describe(run, staging, windows, heldout, measured)
             staging.publish()
     rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
@@ -244,21 +246,22 @@ def _blocks(
     with run.console.blocks(len(source.blocks)) as progress:
         if done < len(source.blocks):
             with run.stage("embed"):
-                states, calls = capture.embed(
-                    source, windows.tokens, _home(run, windows.tokens), device, run.compute
-                )
+                home = _home(run, windows.tokens)
+                states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
+                reference = capture.copied(states) if run.options.effort.follow else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
             if done < len(source.blocks):
                 progress.step("replay of what is done")
                 with run.stage("replay of what is done"):
-                    _catch_up(run, writer, kept, states, calls, batch)
+                    _catch_up(run, writer, kept, states, reference, calls, batch)
             progress.skip(done)
         for index in range(done, len(source.blocks)):
             while True:
                 reported = len(run.reports)
                 try:
-                    _block(run, index, writer, states, calls.kwargs[index], batch, progress)
+                    kwargs = calls.kwargs[index]
+                    follower = _block(run, index, writer, states, reference, kwargs, batch, progress)
                     break
                 except torch.cuda.OutOfMemoryError as error:
                     told = str(error)
@@ -266,13 +269,17 @@ def _blocks(
                 source.release(source.modules[index])
                 writer.forget()
                 del run.reports[reported:]
-                _relieve(run, source.blocks[index], states, batch, told)
+                streams = [states] if reference is None else [states, reference]
+                _relieve(run, source.blocks[index], streams, batch, told)
             block = source.modules[index]
             if index + 1 < len(source.blocks):
                 progress.step("replay")
                 with run.stage("replay"):
                     kept.wait()
-                    capture.replay(block, source.blocks[index], states, calls.kwargs[index], batch)
+                    capture.replay(block, source.blocks[index], states, kwargs, batch)
+                    if follower is not None:
+                        follower.advance(source.blocks[index])
+            del follower
             source.release(block)
             writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
             if index + 1 < len(source.blocks):
@@ -288,37 +295,47 @@ def _block(
     index: int,
     writer: CheckpointWriter,
     states: capture.States,
+    reference: capture.States | None,
     kwargs: dict[str, Any],
     batch: capture.MicroBatch,
     progress: Blocks,
-) -> None:
-    """Quantizes one block and hands everything of it to the writer; the states stay as they are."""
+) -> Follower | None:
+    """Quantizes one block and hands everything of it to the writer; the states stay as they are.
+
+    reference: the source's own states, where they are followed; the result takes them on.
+    """
     source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
     progress.step("load")
     with run.stage("load"):
         source.load(block, name, run.device, run.compute)
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
-    progress.step("capture")
-    with run.stage("capture"):
-        moments = _moments(run, block, name, states, kwargs, groups, batch)
     folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+    moments: list[Tensor | None] = [None] * len(groups)
+    if folds or reference is None:
+        progress.step("capture")
+        with run.stage("capture"):
+            moments = _moments(run, block, name, states, kwargs, groups, batch)
+    follower = None if reference is None else Follower(block, reference, states, kwargs, batch)
     changes = BlockChanges()
     with run.stage("solve and write"):
-        for solved in solve_block(block, name, groups, moments, folds, run.options, changes):
+        for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
             progress.step(f"solved {solved.path}")
             with run.stage("of which write"):
                 _write(run, writer, name, solved)
     with run.stage("pass through"):
         _pass_through(run, writer, block, index, changes)
+    return follower
 
 
-def _relieve(run: _Run, name: str, states: capture.States, batch: capture.MicroBatch, told: str) -> None:
+def _relieve(
+    run: _Run, name: str, streams: list[capture.States], batch: capture.MicroBatch, told: str
+) -> None:
     """After memory ran out in a block: gives up what can be done without, for another attempt.
 
     Errors: `WorkError` where nothing is left, saying how much would have been needed; `told`: PyTorch's words.
     """
-    moved = states.to_host()
+    moved = sum(states.to_host() for states in streams) > 0
     if moved or batch.halve():
         torch.cuda.empty_cache()
         how = "the states in host memory" if moved else f"{batch.windows} windows at a time"
@@ -337,14 +354,23 @@ def _catch_up(
     writer: CheckpointWriter,
     kept: KeptStates,
     states: capture.States,
+    reference: capture.States | None,
     calls: capture.Calls,
     batch: capture.MicroBatch,
 ) -> None:
-    """Brings the states to where the first block that is not done takes them, through those in the files.
+    """Brings the states to where the first block that is not done takes them, through those in the files; and the
+    source's own, where they are followed, through the source's blocks.
 
     In the same micro-batches as then: their size can change the last bits of a product.
     """
     done = len(writer.steps)
+    if reference is not None:
+        for index in range(done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], run.source.modules[index]
+            run.source.load(block, name, run.device, run.compute)
+            capture.replay(block, name, reference, calls.kwargs[index], batch)
+            run.source.release(block)
     start = kept.restore(states, done)
     if start < done:
         quantized = QuantizedSource(run.source, writer.directory)
@@ -362,7 +388,7 @@ def _home(run: _Run, tokens: Tensor) -> torch.device:
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
-    needed = tokens.numel() * width * run.compute.itemsize
+    needed = tokens.numel() * width * run.compute.itemsize * (2 if run.options.effort.follow else 1)
     free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
@@ -551,7 +577,7 @@ def _config_json(run: _Run) -> dict[str, Any]:
     return raw
 
 
-_OWN = ("config.json", "quantize_config.json", "quantization_report.json")
+_OWN = ("config.json", "quantize_config.json", *card.OWN)
 
 
 def _side_files(run: _Run) -> list[Path]:
@@ -568,24 +594,32 @@ def _measure(run: _Run, staging: Staging, heldout: Tensor | None) -> Measured | 
     return measured
 
 
-def _describe(run: _Run, staging: Staging, windows: Windows) -> None:
+def _describe(
+    run: _Run, staging: Staging, windows: Windows, heldout: Tensor | None, measured: Measured | None
+) -> None:
     """Writes what goes beside the weights; nothing in it depends on when, where or how long."""
-    config = run.config
-    if config.file_layout == "gptq":
+    source = run.source
+    if run.config.file_layout == "gptq":
         staging.write_json("quantize_config.json", _settings(run))
-    report = {
-        "method": config.method,
-        "bits": config.bits,
-        "group_size": config.group_size,
-        "symmetric": config.symmetric,
-        "format": config.file_layout,
-        "quality": config.quality,
-        "seed": config.calibration.seed,
-        "calibration": {"tokens": windows.tokens.numel(), "sha256": windows.fingerprint},
-        "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers")},
-        "layers": [{k: v for k, v in asdict(r).items() if k != "seconds"} for r in run.reports],
-    }
-    staging.write_json("quantization_report.json", report)
+    facts = card.Facts(
+        config=run.config,
+        directory=source.directory,
+        source_bytes=_source_bytes(source),
+        quantized_bytes=sum(file.stat().st_size for file in staging.content.glob("*.safetensors")),
+        architecture=type(source.skeleton).__name__,
+        tied=source.tied_head is not None,
+        windows=windows,
+        heldout_sha256=None if heldout is None else hashlib.sha256(heldout.numpy().tobytes()).hexdigest(),
+        damping=run.options.damping,
+        layers=run.reports,
+        measured=measured,
+    )
+    for name, content in card.files(facts).items():
+        staging.write(name, content)
+
+
+def _source_bytes(source: Source) -> int:
+    return sum(path.stat().st_size for path in set(source.files.values()))
 
 
 def _within(config: QuantizeConfig, measured: Measured) -> None:
@@ -605,13 +639,15 @@ def _within(config: QuantizeConfig, measured: Measured) -> None:
 def _rows(
     run: _Run, windows: Windows, measured: Measured | None, size: int, worked: float, total: float
 ) -> list[tuple[str, str]]:
-    before = sum(path.stat().st_size for path in set(run.source.files.values()))
+    before = _source_bytes(run.source)
     worst = max(run.reports, key=lambda r: r.error)
+    slowest = max(run.reports, key=lambda r: r.seconds)
     rows = [
         ("written", str(run.config.target)),
         ("size", f"{before / 2**20:,.1f} MiB -> {size / 2**20:,.1f} MiB"),
         ("calibration", str(windows)),
         ("time", f"{duration(total)}, of which quantization {duration(worked)}"),
+        ("slowest layer", f"{slowest.name}: {slowest.seconds:.2f} s"),
         ("worst layer", f"{worst.name}: relative output error {worst.error:.2e}"),
     ]
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items() if seconds >= 0.05)

@@ -177,7 +177,11 @@ class Staging:
             self.work.mkdir(exist_ok=True)
             handle = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise  # a file system without locks: nobody is kept away there
                 # Whoever held it may have removed the file, and a lock on a file that is gone keeps nobody away.
                 if os.fstat(handle).st_ino == (self.work / "lock").stat().st_ino:
                     self._lock = handle

@@ -1,7 +1,8 @@
 """Quantizes the linears of one block from the second moments of their inputs.
 
 The inputs are taken from the last one back to the first, so that a scale which folds into an earlier linear's rows is
-known before that linear is rounded.
+known before that linear is rounded. Where the source is followed, that goes for the scales alone, and the rounding
+goes forward: each linear is rounded for what its predecessors, quantized, make of its inputs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from awq_search import choose_scales, scale_
+from awq_search import ChannelScales, choose_scales, scale_
 from folds import Fold, apply_fold
-from gptq_solver import Factor, NotFactorizable, compensate, descend, factorize, output_error
+from follow import Drift, Follower
+from gptq_solver import Factor, NotFactorizable, aim, compensate, descend, factorize, output_error
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, round_to_nearest, search_grid
 
 REPORT_ROWS = 256  # rows of a layer on which its output error is told
@@ -23,18 +25,21 @@ REPORT_ROWS = 256  # rows of a layer on which its output error is told
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What `--quality` buys: the scale search, and sweeps of coordinate descent after the rounding."""
+    """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: each
+    linear sees what its predecessors' quantization made of its inputs, and aims at what the source's would give."""
 
     search: SearchEffort
     sweeps: int
     refit: bool
+    follow: bool = False
 
 
 EFFORTS = {
     "fast": Effort(SearchEffort(sweep=16, refits=1), sweeps=0, refit=False),
     "default": Effort(SearchEffort(sweep=24, refits=2), sweeps=2, refit=True),
-    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True),
+    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=True),
 }
+AIM = 0.75  # of the way to the source's outputs: the rest would follow the noise of the calibration tokens
 AWQ_EFFORT = SearchEffort(sweep=8, refits=1)  # enough to tell candidates apart
 
 
@@ -60,7 +65,7 @@ class SolveOptions:
 
 @dataclass(slots=True)
 class LayerReport:
-    """What happened to one linear. `error`: relative squared output error on the calibration inputs."""
+    """What happened to one linear. `error`: relative squared output error of its rounding on calibration inputs."""
 
     name: str
     error: float
@@ -97,33 +102,32 @@ def solve_block(
     folds: list[Fold],
     options: SolveOptions,
     changes: BlockChanges,
+    follower: Follower | None = None,
 ) -> Iterator[Solved]:
     """Yields every linear quantized, its de-quantized weight already in the block.
 
-    groups: paths that share an input; moments: their `H` (in, in), None where it is unusable; consumed.
+    groups: paths that share an input; moments: their `H` (in, in), None where it is unusable; consumed. With a
+    `follower` the linears are taken in the order in which the block computes, and aim at what the source would give;
+    moments then serve only the folds.
     """
+    if follower is not None:
+        yield from _solve_following(block, name, groups, moments, folds, options, changes, follower)
+        return
     divisors: dict[str, Tensor] = {}
     for index in range(len(groups) - 1, -1, -1):
         paths, H = groups[index], moments[index]
         moments[index] = None
-        modules = [_linear(block, path) for path in paths]
-        weights = [module.weight.detach().float() for module in modules]
+        weights = [_linear(block, path).weight.detach().float() for path in paths]
         weights = [
             W / divisors[p][:, None] if p in divisors else W for p, W in zip(paths, weights, strict=True)
         ]
         start = time.perf_counter()
-        spec = options.spec(weights[0].shape[1])
         problem = _Problem.prepare(H, options, weights[0].shape[1], weights[0].device)
         del H
         fold = next((f for f in folds if set(f.targets) == set(paths)), None)
         exponent: float | None = None
         if fold is not None and problem.factor is not None:
-            source = block.get_submodule(fold.source)
-            size = source.out_features if isinstance(source, nn.Linear) else weights[0].shape[1]
-            rows = fold.rows.to(weights[0].device)
-            chosen = choose_scales(
-                torch.cat(weights), problem.H, problem.factor, rows, size, spec, AWQ_EFFORT
-            )
+            chosen = _choose(block, fold, weights, problem, options)
             exponent = chosen.exponent
             if exponent > 0:
                 folded = apply_fold(block, fold, chosen.scale, options.store)
@@ -133,22 +137,119 @@ def solve_block(
                 scale_(problem.H, problem.factor, folded.channels)
                 weights = [W * folded.channels for W in weights]
         shared = (time.perf_counter() - start) / len(paths)
-        for path, module, W in zip(paths, modules, weights, strict=True):
+        for path, W in zip(paths, weights, strict=True):
             start = time.perf_counter()
-            q, grid, g_idx, V = problem.solve(W, spec, options)
-            sample = slice(None, None, max(1, W.shape[0] // REPORT_ROWS))
-            error = output_error(W[sample], V[sample], problem.H)
-            module.weight.copy_(V.to(module.weight.dtype))
-            report = LayerReport(
-                f"{name}.{path}",
-                error,
-                problem.damping,
-                problem.dead,
-                exponent,
-                problem.fallback,
-                shared + time.perf_counter() - start,
-            )
-            yield Solved(path, q, grid, g_idx, report)
+            yield _round(block, name, path, W, problem, options, exponent, shared, start)
+
+
+def _solve_following(
+    block: nn.Module,
+    name: str,
+    groups: list[list[str]],
+    moments: list[Tensor | None],
+    folds: list[Fold],
+    options: SolveOptions,
+    changes: BlockChanges,
+    follower: Follower,
+) -> Iterator[Solved]:
+    """First all channel scales, from the last input back to the first, then the rounding in order."""
+    scales = {path: _Scaling() for paths in groups for path in paths}
+    exponents: dict[str, float] = {}
+    for index in range(len(groups) - 1, -1, -1):
+        paths, H = groups[index], moments[index]
+        moments[index] = None
+        fold = next((f for f in folds if set(f.targets) == set(paths)), None)
+        if fold is None or H is None:
+            continue
+        weights = [scales[path].apply(follower.weight(path)) for path in paths]
+        problem = _Problem.prepare(H, options, weights[0].shape[1], weights[0].device)
+        del H
+        if problem.factor is None:
+            continue
+        chosen = _choose(block, fold, weights, problem, options)
+        exponents |= dict.fromkeys(paths, chosen.exponent)
+        if chosen.exponent > 0:
+            folded = apply_fold(block, fold, chosen.scale, options.store)
+            changes.names.update(folded.changed)
+            if folded.rows is not None:
+                scales[fold.source].rows = folded.rows
+            for path in paths:
+                scales[path].channels = folded.channels
+    for path, scaling in scales.items():
+        weight = _linear(block, path).weight
+        weight.copy_(scaling.apply(follower.weight(path)).to(weight.dtype))
+    for paths in groups:
+        start = time.perf_counter()
+        drift = follower.drift(block, paths, scales[paths[0]].channels)
+        width = _linear(block, paths[0]).in_features
+        problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.states.device)
+        shared = (time.perf_counter() - start) / len(paths)
+        for path in paths:
+            start = time.perf_counter()
+            W = scales[path].apply(follower.weight(path))
+            if drift is not None and problem.factor is not None:
+                W = aim(W, _missed(W, drift), problem.factor)
+            yield _round(block, name, path, W, problem, options, exponents.get(path), shared, start)
+
+
+@dataclass(slots=True)
+class _Scaling:
+    """What folds do to a linear's weight: its input channels are multiplied, its rows divided."""
+
+    channels: Tensor | None = None
+    rows: Tensor | None = None
+
+    def apply(self, W: Tensor) -> Tensor:
+        W = W if self.rows is None else W / self.rows[:, None]
+        return W if self.channels is None else W * self.channels
+
+
+def _missed(W: Tensor, drift: Drift) -> Tensor:
+    """How what `W` makes of the inputs, and the stream it is added to, lag behind the source: e x^T, (out, in)."""
+    missed = W @ drift.inputs
+    return AIM * (missed if drift.stream is None else missed + drift.stream)
+
+
+def _choose(
+    block: nn.Module, fold: Fold, weights: list[Tensor], problem: _Problem, options: SolveOptions
+) -> ChannelScales:
+    assert problem.factor is not None
+    width = weights[0].shape[1]
+    source = block.get_submodule(fold.source)
+    size = source.out_features if isinstance(source, nn.Linear) else width
+    rows = fold.rows.to(weights[0].device)
+    return choose_scales(
+        torch.cat(weights), problem.H, problem.factor, rows, size, options.spec(width), AWQ_EFFORT
+    )
+
+
+def _round(
+    block: nn.Module,
+    name: str,
+    path: str,
+    W: Tensor,
+    problem: _Problem,
+    options: SolveOptions,
+    exponent: float | None,
+    shared: float,
+    start: float,
+) -> Solved:
+    """Rounds one linear and puts what the file will hold into the block. `start`: when the work on it began."""
+    module = _linear(block, path)
+    q, grid, g_idx, V = problem.solve(W, options.spec(W.shape[1]), options)
+    sample = slice(None, None, max(1, W.shape[0] // REPORT_ROWS))
+    error = output_error(W[sample], V[sample], problem.H)
+    module.weight.copy_(V.to(module.weight.dtype))
+    report = LayerReport(
+        f"{name}.{path}",
+        error,
+        problem.damping,
+        problem.dead,
+        exponent,
+        problem.fallback,
+        shared + time.perf_counter() - start,
+    )
+    return Solved(path, q, grid, g_idx, report)
 
 
 def _linear(block: nn.Module, path: str) -> nn.Linear:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -143,6 +144,8 @@ def convert_pickles(directory: Path, into: Path) -> Path:
             raise WorkError(
                 f"cannot store a copy of {shard.name} in {into.parent}: {one_line(error)}: set TMPDIR elsewhere"
             ) from None
+        # As old as what it was made from, by which an interrupted run knows the model again.
+        os.utime(into / name, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns))
         weight_map.update(dict.fromkeys(tensors, name))
     (into / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for path in directory.iterdir():
@@ -388,7 +391,8 @@ class Source:
                 raise WorkError(
                     f"{full} is {tuple(tensor.shape)} in the weights and {tuple(parameter.shape)} in the config"
                 )
-            tensor = tensor.to(dtype)
+            # Never the mapped file's own memory: what is written into it would be read again.
+            tensor = tensor.to(dtype, copy=tensor.device.type == "cpu")
             if not bool(torch.isfinite(tensor).all()):
                 raise FinalError(f"{full} has NaN or infinite weights: the {self.what} is broken")
             _set(module, name, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""A model with outlier channels, made from one without: the same function, harder to quantize.
+
+    outliers.py MODEL OUT [--channels 4] [--factor 128] [--seed 0]
+
+In every place where a scale cancels (a norm before linears, a value head before the output projection, the MLP's
+linear branch before its last linear) a few channels are multiplied by a power of two, and the weights that read them
+are divided by it. Large models grow such channels by themselves. A power of two costs no digit but where a weight
+leaves float16's normal range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from folds import Fold, apply_fold, find_folds
+from source import Source
+
+
+@torch.no_grad()
+def grow(block: nn.Module, fold: Fold, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:
+    """Multiplies rows `chosen` of the fold's source by `factor` and divides the weights that read them by it."""
+    source, first = block.get_submodule(fold.source), block.get_submodule(fold.targets[0])
+    assert isinstance(first, nn.Linear)
+    scale = torch.ones(source.out_features if isinstance(source, nn.Linear) else first.in_features)
+    scale[chosen] = 1 / factor
+    folded = apply_fold(block, fold, scale, dtype)
+    if isinstance(source, nn.Linear) and folded.rows is not None:
+        source.weight.div_(folded.rows[:, None])
+    for path in fold.targets:
+        target = block.get_submodule(path)
+        assert isinstance(target, nn.Linear)
+        target.weight.mul_(folded.channels)
+
+
+def write_with_outliers(
+    model: Path, out: Path, *, channels: int = 4, factor: float = 128.0, seed: int = 0
+) -> None:
+    """Writes `model`, a small one, to the new directory `out` with `channels` outliers in each place."""
+    source = Source.open(model)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: source.read(name) for name in source.files}
+    for index, name in enumerate(source.blocks):
+        block = source.modules[index]
+        source.load(block, name, torch.device("cpu"), torch.float32)
+        for fold in find_folds(block, source.config):
+            rows = torch.unique(fold.rows)
+            chosen = rows[torch.randperm(len(rows), generator=generator)[:channels]]
+            grow(block, fold, chosen, factor, source.dtype)
+        for path, parameter in block.named_parameters():
+            stored = source.stored_name(f"{name}.{path}")
+            tensors[stored] = parameter.detach().to(tensors[stored].dtype).clone()
+        source.release(block)
+    out.mkdir(parents=True)
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"}
+    )
+    for file in [*source.side_files(), model / "config.json"]:
+        shutil.copyfile(file, out / file.name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--channels", type=int, default=4)
+    parser.add_argument("--factor", type=float, default=128.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_with_outliers(args.model, args.out, channels=args.channels, factor=args.factor, seed=args.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""Following the source: the correction against least squares, the drift against its definition, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import capture
+from folds import find_folds
+from follow import Follower
+from gptq_solver import aim, factorize
+from models import CPU
+from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+from source import Source
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_aim_is_damped_least_squares(act_order: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, far = torch.randn(200, 32, generator=g), torch.randn(200, 32, generator=g)
+    x = x * torch.linspace(0.2, 3, 32)
+    W, stream = torch.randn(8, 32, generator=g), torch.randn(200, 8, generator=g)
+    missed = far @ W.T + stream - x @ W.T
+    H = x.T @ x / 200
+    ridge = 0.1 * H.diagonal().mean()
+    found = aim(W, missed.T @ x / 200, factorize(H.clone(), 0.1, act_order=act_order))
+    # The same as one least squares of stacked rows, in float64.
+    rows = torch.cat([x, (200 * ridge).sqrt() * torch.eye(32)]).double()
+    goal = torch.cat([missed, torch.zeros(32, 8)]).double()
+    expected = W.double() + torch.linalg.lstsq(rows, goal).solution.T
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+@pytest.fixture
+def opened(saved: Callable[..., Path]) -> Callable[[str], tuple[Source, capture.States, dict[str, Any]]]:
+    """A family's source with its first block loaded, states for it, and what it is called with."""
+
+    def find(family: str) -> tuple[Source, capture.States, dict[str, Any]]:
+        source = Source.open(saved(family, torch.float32))
+        tokens = torch.randint(3, 2048, (6, 16), generator=torch.Generator().manual_seed(1))
+        states, calls = capture.embed(source, tokens, CPU, CPU, torch.float32)
+        source.load(source.modules[0], source.blocks[0], CPU, torch.float32)
+        return source, states, calls.kwargs[0]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("family", "writers"),
+    [
+        ("llama", {"self_attn.o_proj": None, "mlp.down_proj": "post_attention_layernorm"}),
+        ("qwen2", {"self_attn.o_proj": None, "mlp.down_proj": "post_attention_layernorm"}),
+        ("gemma2", {}),  # a norm lies between
+        ("gpt_neox", {}),  # attention and MLP are added to each other first
+    ],
+)
+def test_residual_writers(family: str, writers: dict[str, str | None], opened: Any) -> None:
+    source, states, kwargs = opened(family)
+    found = capture.residual_writers(source.modules[0], states, kwargs)
+    assert found == writers
+
+
+def inputs(block: nn.Module, states: capture.States, kwargs: dict[str, Any], path: str) -> Tensor:
+    """What a whole forward pass feeds a module."""
+    seen: list[Tensor] = []
+    handle = block.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        capture.forward(block, states.data, kwargs)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double()
+
+
+def test_drift(opened: Any) -> None:
+    source, states, kwargs = opened("llama")
+    block = source.modules[0]
+    reference = capture.copied(states)
+    states.data.add_(0.1 * torch.randn(states.data.shape, generator=torch.Generator().manual_seed(2)))
+    follower = Follower(block, reference, states, kwargs, capture.MicroBatch(CPU, 16, 64, tokens=32))
+    with torch.no_grad():
+        block.self_attn.v_proj.weight.mul_(1.2)  # as rounding would change it
+    assert torch.equal(follower.weight("self_attn.v_proj") * 1.2, block.self_attn.v_proj.weight)
+    channels = torch.linspace(1, 2, block.mlp.down_proj.in_features)
+    for path, before, scale in (
+        ("self_attn.o_proj", None, None),
+        ("mlp.down_proj", "post_attention_layernorm", channels),
+        ("mlp.up_proj", "", None),
+    ):
+        drift = follower.drift(block, [path], scale)
+        assert drift is not None
+        x, far = inputs(block, states, kwargs, path), inputs(follower.twin, reference, kwargs, path)
+        if scale is not None:
+            far = far / scale
+        tokens = x.shape[0]
+        assert torch.allclose(drift.H.double(), x.T @ x / tokens, atol=1e-5)
+        assert torch.allclose(drift.inputs.double(), (far - x).T @ x / tokens, atol=1e-5)
+        if before == "":
+            assert drift.stream is None
+            continue
+        if before is None:
+            r, r_far = (s.data.reshape(tokens, -1).double() for s in (states, reference))
+        else:
+            r, r_far = inputs(block, states, kwargs, before), inputs(follower.twin, reference, kwargs, before)
+        assert drift.stream is not None
+        assert float((r_far - r).abs().max()) > 0.01
+        assert torch.allclose(drift.stream.double(), (r_far - r).T @ x / tokens, atol=1e-5)
+
+
+def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
+    """With weights that are barely rounded, a disturbed stream comes back closer to the source's."""
+    errors = []
+    for aims in (False, True):
+        source, states, kwargs = opened("llama")
+        block = source.modules[0]
+        reference = capture.copied(states)
+        states.data.mul_(1.3)  # what a linear can undo
+        with torch.no_grad():
+            expected = capture.forward(block, reference.data, kwargs)
+        options = SolveOptions(
+            8, 32, False, True, False, 0.01, EFFORTS["fast"], 0, (torch.float16,), torch.float16
+        )
+        batch = capture.MicroBatch(CPU, 16, 64, tokens=32)
+        groups = capture.distinct_inputs(block, states, kwargs)
+        follower = Follower(block, reference, states, kwargs, batch)
+        if not aims:
+            follower.reference = states
+        folds = find_folds(block, source.config)
+        moments: list[Tensor | None] = [None] * len(groups)
+        solved = list(solve_block(block, "m", groups, moments, folds, options, BlockChanges(), follower))
+        assert {s.path for s in solved} == {path for paths in groups for path in paths}
+        assert all(s.report.fallback is None for s in solved)
+        with torch.no_grad():
+            errors.append(float((capture.forward(block, states.data, kwargs) - expected).norm()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_what_is_not_finite_is_rounded_to_nearest(opened: Any) -> None:
+    source, states, kwargs = opened("llama")
+    block = source.modules[0]
+    reference = capture.copied(states)
+    follower = Follower(block, reference, states, kwargs, capture.MicroBatch(CPU, 16, 64))
+    reference.data[0, 0, 0] = torch.inf
+    assert follower.drift(block, ["self_attn.q_proj"], None) is None
