@@ -738,3 +738,27 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(data) > int(done.stdout) > 50
+
+
+@pytest.mark.parametrize("where", ["shard", "tensor", "method", "directory"])
+def test_names_cannot_reach_the_terminal(
+    where: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name may hold control sequences and line ends; what is shown of it is one line of plain characters."""
+    odd = "\x1b]0;title\x07\x1b[31m\nx"
+    index = model / "model.safetensors.index.json"
+    if where == "shard":
+        index.write_text(json.dumps({"weight_map": {"a": odd}}))
+    elif where == "tensor":
+        index.write_text(json.dumps({"weight_map": {odd: "model.safetensors"}}))
+    elif where == "method":
+        edit(model / "config.json", quantization_config={"quant_method": odd})
+    else:
+        model = model.rename(tmp_path / odd)
+        (model / "config.json").unlink()
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 2
+    serve_check.main(["cpu", str(model)])
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == len(shown.splitlines()) <= 2
+    assert all(c.isprintable() for c in shown.replace("\n", ""))
