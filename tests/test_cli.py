@@ -22,7 +22,7 @@ import cli
 import config as config_module
 from config import CalibrationConfig, Method, QuantizeConfig, default_calibration
 from console import Console, duration
-from errors import InputError, WorkError
+from errors import InputError, WorkError, one_line
 from option_help import help_defaults
 
 SCRIPTS = Path(cli.__file__).parent
@@ -210,9 +210,7 @@ def test_every_argument_arrives() -> None:
     )
     assert cli.parse("gptq", line.split()) == QuantizeConfig(
         method="gptq",
-        calibration=CalibrationConfig(
-            data="c4", samples=7, seq_len=64, column="a-b", seed=9, trust_remote_code=True
-        ),
+        calibration=CalibrationConfig(data="c4", samples=7, seq_len=64, column="a-b", seed=9),
         model_path="m/n",
         output_path="o",
         bits=3,
@@ -473,6 +471,19 @@ def test_quiet_keeps_warnings() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        (ValueError("two\n\tlines \x1b[31m"), "two lines ?[31m"),
+        (KeyError(), "KeyError"),
+        (ValueError("x" * 400), "x" * 299 + "…"),
+        ("a\x00b\n" + "c" * 400, "a?b " + "c" * 400),
+    ],
+)
+def test_one_line(what: object, line: str) -> None:
+    assert one_line(what) == line
 
 
 def test_time_left_does_not_count_what_another_run_did() -> None:

@@ -29,9 +29,11 @@ import evaluate
 from config import EMBEDDED_HELDOUT, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
 from errors import InputError, WorkError
 from evaluate import Measured, QuantizedSource, heldout_windows, main, measure, sample
+from models import FAMILIES
+from models import write as write_model
 from reference import dequantize_directory, plain_model, write_rtn_checkpoint
 from saved import dequantized
-from source import Source
+from source import HEAD_NAMES, Source
 
 CPU = torch.device("cpu")
 VOCABULARY = 300
@@ -447,6 +449,22 @@ def test_sample_of_the_embedded_model(tmp_path: Path) -> None:
     change(tmp_path / "out", lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(WorkError, match=r"model\.norm\.weight"):
         sample(tmp_path / "out", tokenizer, CPU, "This", 2)
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_sample_finds_the_output_head_under_any_name(name: str, tmp_path: Path) -> None:
+    """GPT-NeoX's is embed_out in files of transformers 4, lm_head in memory."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = write_model(tmp_path / "neox", FAMILIES["gpt_neox"]())
+    write_rtn_checkpoint(model, tmp_path / "out", "gptq", 8, 32, False)
+    plain = sample(tmp_path / "out", tokenizer, CPU, "This module provides", 6)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        (old,) = [stored for stored in tensors if stored.split(".")[0] in HEAD_NAMES]
+        tensors[f"{name}.weight"] = tensors.pop(old)
+
+    change(tmp_path / "out", rename)
+    assert sample(tmp_path / "out", tokenizer, CPU, "This module provides", 6) == plain
 
 
 # -- the command

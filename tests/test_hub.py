@@ -10,9 +10,12 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ import corpus, hub
 from calibration import load_windows
 from config import CalibrationConfig
 from errors import InputError
+
+def hurry(seconds):
+    hub.HUB_TIMEOUT = corpus.HUB_TIMEOUT = seconds
 
 def model(path, **options):
     snapshot = hub.resolve_model(path, log=lambda line: None, **options)
@@ -88,7 +94,13 @@ class Hub:
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(self.tokenizer)],
             input=json.dumps([(name, [argument], options) for name, argument, options in calls]),
-            env={**kept, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", **settings},
+            env={
+                **kept,
+                "PYTHONPATH": str(SOURCES),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                **settings,
+            },
             capture_output=True,
             text=True,
             timeout=120,
@@ -362,3 +374,33 @@ def test_nobody_answers(hub: Hub, tmp_path: Path) -> None:
         assert answer["error"].startswith(f"cannot reach the hub at {closed.url} for {kind} (")
         assert "refused" in answer["error"]
     assert "--calib_data takes a local .txt" in answers[1]["error"]
+
+
+def test_a_silent_hub_is_asked_once_and_not_waited_for(hub: Hub, tmp_path: Path) -> None:
+    """Who takes the connection and never answers: without a time limit the run would hang for good."""
+    asked: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def take() -> None:
+            with suppress(OSError):
+                while True:
+                    asked.append(listening.accept()[0])
+
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        calls: list[tuple[Any, ...]] = [("hurry", 1, {}), *REFUSED.values()]
+        _, *answers = hub.run(calls, HF_ENDPOINT=url, HF_HOME=str(tmp_path))
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for connection in asked:
+            connection.close()
+    assert [a["error"].partition(" for ")[0] for a in answers] == [f"cannot reach the hub at {url}"] * 2
+    assert len(asked) == 2
+
+
+def test_the_cache_serves_where_nobody_answers(hub: Hub, online: dict[str, Any]) -> None:
+    closed = HubServer()
+    closed._server.server_close()
+    (answer,) = hub.run([REFUSED["model"]], HF_ENDPOINT=closed.url)
+    assert set(answer["value"]) >= MODEL_FILES

@@ -139,9 +139,12 @@ def sides(path: Path, source: Path) -> None:
     own = {"config.json", "quantize_config.json", "model.safetensors", *card.OWN}
     assert {p.name for p in path.iterdir()} <= own | {p.name for p in source.iterdir()}
     config, before = (json.loads((p / "config.json").read_text()) for p in (path, source))
-    assert {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")} == {
+    old = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct"}
+    old -= before.keys()
+    assert {k: v for k, v in config.items() if k not in {"quantization_config", "dtype"} | old} == {
         k: v for k, v in before.items() if k not in ("dtype", "_name_or_path")
     }
+    assert old & config.keys() or "rope_parameters" not in before or "gemma3" in before["model_type"]
 
 
 def test_report(runs: Runs) -> None:

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from console import Blocks, Console, one_line
-from errors import InputError, WorkError
+from console import Blocks, Console
+from errors import InputError, WorkError, one_line
 from libraries import Library
 from source import Source, read_json
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import corpus
 from config import CalibrationConfig
-from errors import InputError
-from hub import one_line
+from errors import InputError, is_failure, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +66,7 @@ def longest_window(tokenizer: Any, max_position_embeddings: int | None = None) -
     """Tokens that tokenizer and model both allow in one sequence; None where neither says."""
     # Tokenizers without a limit give a huge number (1e30 or so) instead.
     limits = (max_position_embeddings, getattr(tokenizer, "model_max_length", None))
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 10**9]
+    known = [int(x) for x in limits if isinstance(x, int | float) and 0 < x < 10**9]
     return min(known, default=None)
 
 
@@ -230,7 +229,8 @@ class _Text:
         for (document, _), ids in zip(kept, self._encode([text for _, text in kept]), strict=True):
             # A chat template may have closed the conversation itself, with a line end behind.
             closed = set(self.separator) & set(ids[-2:])
-            yield document, ids if closed else ids + self.separator
+            if ids:  # else separators alone would make windows
+                yield document, ids if closed else ids + self.separator
 
     def report(self, log: Callable[[str], None]) -> None:
         """Tells of conversations that the template refused. Raises InputError where it was all of them."""
@@ -246,14 +246,23 @@ class _Text:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        # JSON can escape half of a surrogate pair, which is no text.
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         # verbose=False: longer than the model's maximum is no matter, since windows are cut afterwards.
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        try:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except BaseException as error:
+            if not is_failure(error) or isinstance(error, MemoryError):
+                raise
+            raise InputError(
+                f"the model's tokenizer fails on {self.where} ({one_line(error)}): copy its files anew"
+            ) from None
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 

@@ -119,7 +119,16 @@ class Calls:
 def embed(
     source: Source, tokens: Tensor, home: torch.device, device: torch.device, dtype: torch.dtype
 ) -> tuple[States, Calls]:
-    """The states that enter block 0 for `tokens` (windows, length), and every block's other arguments."""
+    """The states that enter block 0 for `tokens` (windows, length), and every block's other arguments.
+
+    Errors: `InputError` for a token that the model has no embedding of (on a GPU it would end the process).
+    """
+    known = source.skeleton.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())} and the model has {known}: "
+            "give it the tokenizer that belongs to it"
+        )
     base = source.skeleton.base_model
     prefix = source.list_name.split(".")[0] if base is not source.skeleton else ""
     loaded = _load_around(source, base, prefix, device, dtype)

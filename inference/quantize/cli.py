@@ -37,8 +37,8 @@ from config import (
     QuantizeConfig,
     default_calibration,
 )
-from console import Console, one_line
-from errors import InputError, WorkError
+from console import Console
+from errors import InputError, WorkError, one_line
 
 DEBUG = "LLM_QUANTIZE_DEBUG"
 OTHER: dict[Method, Method] = {"awq": "gptq", "gptq": "awq"}
@@ -317,8 +317,6 @@ def parse(method: Method, argv: Sequence[str]) -> QuantizeConfig:
     chosen = {key: given.pop(f"calib_{key}") for key in CALIBRATION if f"calib_{key}" in given}
     if "seed" in given:
         chosen["seed"] = given.pop("seed")
-    if given.get("trust_remote_code"):
-        chosen["trust_remote_code"] = True
     values = {key: getattr(calibration, key) for key in CalibrationConfig.__dataclass_fields__} | chosen
     try:
         return QuantizeConfig(method=method, calibration=CalibrationConfig(**values), **given)
@@ -406,8 +404,13 @@ def run(method: Method, argv: Sequence[str]) -> int:
 def _work(config: QuantizeConfig, console: Console) -> None:
     # Imports nothing heavy, so that a wrong path is told at once.
     from calibration import check_source
+    from hub import local_model
+    from publish import check_before_work
 
     check_source(config.calibration)
+    if config.model_path is not None:
+        local_model(config.model_path)
+    check_before_work(config.target, config.may_replace)
     if config.not_served is not None:
         console.warn(config.not_served)
     _silence()

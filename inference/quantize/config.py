@@ -47,7 +47,6 @@ class CalibrationConfig:
     seq_len: int = 512
     column: str | None = None
     seed: int = 0
-    trust_remote_code: bool = False
 
 
 def default_calibration(method: Method, *, embedded: bool) -> CalibrationConfig:
@@ -145,10 +144,14 @@ class QuantizeConfig:
             raise InputError("--eval_data is empty: give auto, off, or what --calib_data takes")
         if self.calibration.data.strip() == "":
             raise InputError("--calib_data is empty: give wikitext, c4, pileval, a hub id or a local file")
-        model = Path(self.model_path).expanduser() if self.model_path is not None else EMBEDDED_MODEL
-        if not model.is_dir():
-            return
-        model, target = model.resolve(), self.target.resolve()
+        try:
+            model = Path(self.model_path).expanduser() if self.model_path is not None else EMBEDDED_MODEL
+            self.target.is_dir()  # raises where its name cannot be one
+            if not model.is_dir():
+                return
+            model, target = model.resolve(), self.target.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
+            raise InputError(f"--model_path or --output_path cannot be looked for: {error}") from None
         # Publishing replaces the target as a whole: never the source, nor a directory that holds it.
         if target == model or target in model.parents or model in target.parents:
             raise InputError(f"--output_path {target} and the model {model} overlap: take another directory")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import io
 import itertools
 import json
 import random
@@ -18,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from errors import InputError
-from hub import REPO_ID, hub_reason, looks_like_path, one_line
+from errors import InputError, one_line
+from hub import HUB_TIMEOUT, REPO_ID, hub_reason, looks_like_path
+from untrusted import read_limited, stays_inside
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz")
 LOCAL = "a local .txt, .jsonl, .json, .csv or .parquet file, or a directory from save_to_disk"
@@ -29,6 +31,11 @@ COLUMNS = ("text", "messages", "conversations", "content")
 DOWNLOAD_LIMIT = 256 << 20
 SIDE_BY_SIDE = 8  # files of a streamed dataset
 BLOCK = 1 << 20  # characters of a text file read at once
+# What text from strangers may take: a line, a document read whole, and how far a packed file may grow.
+LINE = 64 << 20
+WHOLE = 1 << 30
+GROWTH, GROWTH_FREE = 100, 64 << 20  # text packs to a third, repetitive text to a twentieth
+HEADER = 1 << 20  # of a CSV file
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +93,17 @@ def locate(data: str) -> Path | HubData:
 
     Raises InputError: missing path, unknown extension, a directory without a saved dataset, a malformed id.
     """
-    path = Path(data).expanduser()
-    if data.partition(":")[0] not in NAMES and path.exists():
+    try:
+        path = Path(data).expanduser()
+        there = data.partition(":")[0] not in NAMES and path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
+        raise InputError(f"cannot look for {data}: {one_line(error)}") from None
+    if there:
         if path.is_dir():
             if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
                 raise InputError(f"{data} holds no dataset written by save_to_disk: give {LOCAL}")
+        elif not path.is_file():
+            raise InputError(f"{data} is no file but a pipe or a device: give {LOCAL}")
         elif _suffix(path) is None:
             raise InputError(
                 f"cannot tell what {data} is by its name: give {LOCAL} (.gz too, but for parquet)"
@@ -165,30 +178,65 @@ def _suffix(path: Path) -> str | None:
     return next((s for s in SUFFIXES if name.endswith(s)), None)
 
 
+class _Unpacked(io.RawIOBase):
+    """The bytes of a gzip file. Errors: `InputError` where they are more than text ever packs so small."""
+
+    def __init__(self, path: Path) -> None:
+        self._name = path
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 (closed with this)
+        self._left = GROWTH_FREE + GROWTH * path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise InputError(f"{self._name} unpacks to more than {GROWTH} times its size: no text does")
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _text_file(path: Path, newline: str | None = None) -> IO[str]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+    if path.suffix.lower() != ".gz":
+        return open(path, encoding="utf-8-sig", newline=newline)
+    unpacked = io.BufferedReader(_Unpacked(path), 1 << 16)
+    return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline=newline)
+
+
+def _lines(file: IO[str], path: Path, limit: int = LINE) -> Iterator[str]:
+    """The lines of a file. Errors: `InputError` for one of more than `limit` characters."""
+    number = 0
+    while line := file.readline(limit + 1):
+        number += 1
+        if len(line) > limit:
+            raise InputError(f"cannot read {path}: line {number} is longer than {limit >> 20} MiB")
+        yield line
 
 
 def _open_txt(path: Path) -> Table:
     def read(column: str) -> Iterator[str]:
         with _text_file(path) as file:
             while block := file.read(BLOCK):
-                yield block + file.readline()
+                yield block + file.readline(BLOCK)
 
     return Table(str(path), ("text",), read, single=True)
 
 
 def _open_csv(path: Path) -> Table:
-    csv.field_size_limit(1 << 30)  # the default, 128 KiB, is less than a long document
+    csv.field_size_limit(LINE)  # the default, 128 KiB, is less than a long document
 
     def read(column: str) -> Iterator[str | None]:
         with _text_file(path, newline="") as file:
-            for row in csv.DictReader(file, strict=True):
+            for row in csv.DictReader(_lines(file, path, LINE // 4), strict=True):
                 yield row[column]
 
     with _text_file(path, newline="") as file:
-        columns = tuple(next(csv.reader(file), ()))
+        columns = tuple(next(csv.reader(_lines(file, path, HEADER)), ()))
     return Table(str(path), columns, read)
 
 
@@ -196,12 +244,20 @@ def _open_parquet(path: Path) -> Table:
     import pyarrow.parquet as pq
 
     def read(column: str) -> Iterator[Any]:
-        with pq.ParquetFile(path) as file:
+        # A text that is stored once and meant a million times stays one: taken out of its dictionary alone.
+        with pq.ParquetFile(path, read_dictionary=[column] if column in texts else None) as file:
+            # Not of the column alone: pyarrow ends the process at a column's damaged metadata.
+            groups = range(file.metadata.num_row_groups)
+            stored = [file.metadata.row_group(i).total_byte_size for i in groups]
+            if sum(stored) > GROWTH_FREE + GROWTH * path.stat().st_size:
+                raise InputError(f"{path} unpacks to more than {GROWTH} times its size: no text does")
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from batch.column(0).to_pylist()
+                for value in batch.column(0):
+                    yield value.as_py()
 
     with pq.ParquetFile(path) as file:
         columns = tuple(file.schema_arrow.names)
+        texts = {n for n, kind in zip(columns, file.schema_arrow.types, strict=True) if str(kind) == "string"}
     return Table(str(path), columns, read)
 
 
@@ -211,7 +267,7 @@ def _open_json(path: Path) -> Table:
 
     def lines() -> Iterator[Any]:
         with _text_file(path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(_lines(file, path), 1):
                 if line.strip():
                     try:
                         yield json.loads(line)
@@ -220,7 +276,10 @@ def _open_json(path: Path) -> Table:
 
     def whole() -> Iterable[Any]:
         with _text_file(path) as file:
-            value = json.load(file)
+            text = file.read(WHOLE + 1)
+        if len(text) > WHOLE:
+            raise InputError(f"{path} is one document of more than {WHOLE >> 30} GiB: give one record a line")
+        value = json.loads(text)
         if isinstance(value, dict):
             lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
             is_record = any(name in value for name in COLUMNS)
@@ -228,14 +287,10 @@ def _open_json(path: Path) -> Table:
         return value if isinstance(value, list) else [value]
 
     records: Callable[[], Iterable[Any]] = lines
-    if ".json" in path.suffixes[-2:]:
-        # Many a .json holds one record a line: then parsing it whole fails at the second line.
-        try:
-            loaded = whole()
-            records = lambda: loaded  # noqa: E731
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data"):
-                raise
+    # Many a .json holds one record a line: its first line is JSON, and others follow.
+    if ".json" in path.suffixes[-2:] and not _by_lines(path):
+        loaded = whole()
+        records = lambda: loaded  # noqa: E731
 
     def read(column: str) -> Iterator[Any]:
         for record in records():
@@ -252,8 +307,43 @@ def _open_json(path: Path) -> Table:
     return Table(str(path), tuple(first) if isinstance(first, dict) else ("text",), read)
 
 
+def _by_lines(path: Path) -> bool:
+    """Whether a .json file holds a record on each line rather than one document."""
+    with _text_file(path) as file:
+        filled = (line for line in _lines(file, path, WHOLE) if line.strip())
+        try:
+            json.loads(next(filled, ""))
+        except json.JSONDecodeError:
+            return False
+        return next(filled, None) is not None
+
+
+def _check_saved(path: Path) -> None:
+    """Refuses a saved dataset whose files are not in its own directories. Errors: `InputError`."""
+    parts = [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads(read_limited(path / "dataset_dict.json", HEADER)).get("splits", [])
+        parts = [path / _plain(split, path) for split in splits]
+    for part in parts:
+        state = json.loads(read_limited(part / "state.json", LINE))
+        for key in ("_data_files", "_indices_files"):
+            for entry in state.get(key) or []:
+                if not stays_inside(part / _plain(entry["filename"], path)):
+                    raise InputError(f"{path} names a file that is not in it: save the dataset again")
+
+
+def _plain(name: Any, path: Path) -> str:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise InputError(
+            f"{path} names {one_line(name, 60)!r}, which is no file in it: save the dataset again"
+        )
+    return name
+
+
 def _open_saved(path: Path) -> Table:
     import datasets
+
+    _check_saved(path)
 
     data = datasets.load_from_disk(str(path))
     where = str(path)
@@ -287,7 +377,7 @@ def _builder(source: HubData) -> Any:
     # Asked first and once: `datasets` tries an unreachable hub for half a minute, and loses the reason.
     refusal: Exception | None = None
     try:
-        HfApi().dataset_info(source.repo, timeout=10)
+        HfApi().dataset_info(source.repo, timeout=HUB_TIMEOUT)
     except Exception as error:
         refusal = error
     offline = datasets.config.HF_HUB_OFFLINE

@@ -28,11 +28,11 @@ from torch import Tensor
 import capture
 from calibration import load_windows, longest_window
 from config import EMBEDDED_HELDOUT, CalibrationConfig, QuantizeConfig
-from console import Console, one_line
-from errors import InputError, WorkError
+from console import Console
+from errors import InputError, WorkError, one_line
 from hub import resolve_model
 from saved import Saved, dequantized
-from source import Source
+from source import HEAD_NAMES, Source
 
 EVAL_SEQ_LEN = 512
 LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # memory for logits and what is computed of them
@@ -222,12 +222,19 @@ def sample(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     saved = dequantized(quantized)
-    config = AutoConfig.from_pretrained(quantized)
+    config = AutoConfig.from_pretrained(quantized, trust_remote_code=False)
     del config.quantization_config
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float16
     build: Any = AutoModelForCausalLM.from_config
     model = build(config, dtype=dtype)
-    left = model.load_state_dict({name: saved.read(name) for name in saved.files}, strict=False)
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+
+    def renamed(name: str) -> str:
+        """The model's name of a stored tensor: the output head has had several."""
+        first, _, rest = name.partition(".")
+        return f"{heads[0]}.{rest}" if heads and first in HEAD_NAMES else name
+
+    left = model.load_state_dict({renamed(name): saved.read(name) for name in saved.files}, strict=False)
     model.tie_weights()
     missing = set(left.missing_keys) - set(getattr(model, "all_tied_weights_keys", None) or {})
     # AutoGPTQ's files hold biases of zeros for linears that have none.
@@ -334,7 +341,6 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
         seq_len=args.seq_len or min(EVAL_SEQ_LEN, longest or EVAL_SEQ_LEN),
         column=args.column,
         seed=args.seed,
-        trust_remote_code=args.trust_remote_code,
     )
     tokens = _windows(asked, source.tokenizer, console.warn, "--")
     results = []
@@ -397,6 +403,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for key, quiet in (("TRANSFORMERS_VERBOSITY", "error"), ("TOKENIZERS_PARALLELISM", "true")):
+    for key, quiet in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "true"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+    ):
         os.environ.setdefault(key, quiet)
     sys.exit(main())

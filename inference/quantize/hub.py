@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import InputError, WorkError
+from errors import InputError, WorkError, one_line
 
 REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
@@ -45,9 +45,33 @@ DUPLICATES = (
 )
 
 
+HUB_TIMEOUT = 5  # seconds until a hub that says nothing counts as out of reach
+
+
 def looks_like_path(text: str) -> bool:
     """Whether `text` can only mean a place on disk: `./x`, `/x`, `~/x`, `a/b/c`, `x/`."""
     return text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1
+
+
+def local_model(model_path: str) -> Path | None:
+    """The directory that `model_path` is, or None where it is a hub id. No network.
+
+    Raises InputError: a file, a path without a directory, what is neither.
+    """
+    try:
+        path = Path(model_path).expanduser()
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a user without a home
+        raise InputError(f"cannot look for {model_path}: {one_line(error)}") from None
+    if there:
+        raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
+    if looks_like_path(model_path) or not REPO_ID.fullmatch(model_path.partition("@")[0]):
+        raise InputError(
+            f"no such directory: {model_path} (and it is not a hub id like Qwen/Qwen2.5-7B-Instruct)"
+        )
+    return None
 
 
 def resolve_model(
@@ -66,17 +90,9 @@ def resolve_model(
     Raises InputError: no such directory or repository, gated, unreachable, no weights; WorkError: cache not
     writable, disk full.
     """
-    path = Path(model_path).expanduser()
-    if path.is_dir():
+    if (path := local_model(model_path)) is not None:
         return path
-    if path.exists():
-        raise InputError(f"{model_path} is a file: give the model's directory, or a hub id")
     repo, _, revision = model_path.partition("@")
-    if looks_like_path(model_path) or not REPO_ID.fullmatch(repo):
-        raise InputError(
-            f"no such directory: {model_path} (and it is not a hub id like Qwen/Qwen2.5-7B-Instruct)"
-        )
-
     log(f"fetching {model_path} from the hub, or from its cache")
     allow = [*FILES, *(["*.py"] if trust_remote_code else [])]
     snapshot = _snapshot(repo, revision or None, allow)
@@ -104,12 +120,27 @@ def _snapshot(repo: str, revision: str | None, allow: list[str]) -> Path:
     quiet.logging.set_verbosity_error()  # what matters of its warnings comes back as an exception
     if not sys.stderr.isatty():
         quiet.disable_progress_bars()
+    # Asked first and once: the download's own question has no time limit.
+    refusal: Exception | None = None
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=allow, ignore_patterns=list(DUPLICATES)
+        huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+    except Exception as error:
+        refusal = error
+    try:
+        try:
+            if isinstance(refusal, huggingface_hub.errors.RevisionNotFoundError):
+                raise refusal
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=allow,
+                    ignore_patterns=list(DUPLICATES),
+                    local_files_only=refusal is not None,
+                )
             )
-        )
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            raise refusal or RuntimeError("the download left nothing in the cache") from None
     except Exception as error:
         reason = hub_reason(error, "model", repo, revision)
         if "no such model" in reason:
@@ -159,12 +190,6 @@ def hub_reason(error: BaseException, kind: str, repo: str, revision: str | None 
     if first(errors.LocalEntryNotFoundError):
         return f"{kind} {repo} is not in the cache, or not all of it, and the hub cannot be reached"
     return f"cannot load {kind} {repo}: {one_line(error)}"
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an exception on one line, or its name where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

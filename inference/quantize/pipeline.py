@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import re
 import resource
 import shlex
@@ -572,6 +571,11 @@ def _write(run: _Run, writer: CheckpointWriter, name: str, solved: Solved) -> No
         run.console.warn(
             f"{report.name}: damping raised to {report.damping:g} before the factorization succeeded"
         )
+    if report.dead and report.fallback is None:
+        run.console.warn(
+            f"{report.name}: {report.dead} of {solved.q.shape[1]} input channels carried nothing; their weights are "
+            "rounded to nearest"
+        )
 
 
 def _others(source: Source, index: int | None) -> list[str]:
@@ -676,8 +680,7 @@ def _settings(run: _Run) -> dict[str, Any]:
 
 
 def _config_json(run: _Run) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((run.source.directory / "config.json").read_text(encoding="utf-8"))
-    raw.pop("_name_or_path", None)  # where the source lay is nobody's business
+    raw = run.source.published_config()
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(run.store).removeprefix("torch.")
     raw["quantization_config"] = _settings(run)
     return raw

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from errors import InputError, WorkError
+from untrusted import stays_inside
 
 GIB = 1 << 30
 
@@ -67,6 +68,12 @@ def check_target(path: Path, overwrite: bool, bytes_needed: int = 0, source: Pat
             f"too little disk at {parent}: about {size(bytes_needed)} needed, {size(free)} free: "
             f"free {size(bytes_needed - free)} or choose another --output_path"
         )
+
+
+def check_before_work(path: Path, overwrite: bool) -> None:
+    """As `check_target`, but where an earlier run's staging place waits: only its end may be missing."""
+    if not _staging_of(Path(os.path.realpath(path))).exists():
+        check_target(path, overwrite)
 
 
 def size(count: int) -> str:
@@ -139,8 +146,7 @@ class Staging:
         self._published = False
 
     def __enter__(self) -> Self:
-        if not self.work.exists():  # else it may be that only the end of an earlier run is missing
-            check_target(self.shown, self.overwrite)
+        check_before_work(self.shown, self.overwrite)
         try:
             missing = [p for p in self.target.parents if not p.exists()]
             for parent in reversed(missing):
@@ -201,16 +207,19 @@ class Staging:
                 self._old.rename(self.target)
 
     def clear(self) -> None:
-        """Removes what an earlier run left, but for the lock."""
+        """Removes what an earlier run left, but for the lock. Errors: `WorkError`."""
         self.keep = False
-        for path in self.work.iterdir():
-            if path.name == "lock":
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        self.content.mkdir()
+        try:
+            for path in self.work.iterdir():
+                if path.name == "lock":
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            self.content.mkdir()
+        except OSError as error:
+            raise failure(error, self.target.parent) from None
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """A file of the content with one JSON object, durable on return."""
@@ -231,7 +240,7 @@ class Staging:
         skipped = []
         try:
             for path in files:
-                if not _stays_inside(path):
+                if not stays_inside(path):
                     skipped.append(path.name)
                     continue
                 shutil.copyfile(path, self.content / path.name)
@@ -279,6 +288,9 @@ class Staging:
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+        else:
+            with suppress(OSError):  # not empty: another run's, or never made
+                self.work.rmdir()
         if not self._published:
             for parent in reversed(self._made):
                 with suppress(OSError):  # not empty: what is kept lies there
@@ -288,16 +300,3 @@ class Staging:
 def as_json(content: dict[str, Any]) -> str:
     """A JSON file's text."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _stays_inside(path: Path) -> bool:
-    """Whether a file is a regular one of its own directory.
-
-    A hub cache's snapshot holds links into `blobs` of the same repository: those count.
-    """
-    home = path.parent.resolve()
-    real = path.resolve()
-    roots = [home]
-    if home.parent.name == "snapshots":
-        roots.append(home.parent.parent / "blobs")
-    return real.is_file() and any(root in real.parents for root in roots)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import InputError, WorkError
+from errors import InputError, WorkError, one_line
 from source import read_json, tensor_files
 
 # What a linear's packed integers are called after its name.
@@ -29,6 +29,7 @@ _PARTS = {
         "weight_g_idx",
     ),
 }
+_RANKS = {"g_idx": 1, "weight_g_idx": 1, "weight_shape": 1}  # of those that are no matrices
 _AT_ONCE = 1 << 23  # values unpacked together; each takes some 40 bytes on the way
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # column k of eight lies in this nibble, lowest first
 
@@ -75,6 +76,9 @@ class Saved:
         names = [f"{linear}.{part}" for part in _PARTS[self.layout]]
         parts = {n.removeprefix(f"{linear}."): self._tensor(n, device) for n in names if n in self._stored}
         try:
+            for part, tensor in parts.items():
+                if tensor.ndim != _RANKS.get(part, 2):
+                    raise ValueError(f"{part} has {tensor.ndim} dimensions")
             if self.layout == "awq":
                 return _awq(parts)
             if self.layout == "gptq":
@@ -84,8 +88,11 @@ class Saved:
             raise WorkError(
                 f"{linear} has no tensor {error.args[0]} in {self.directory}: write it again"
             ) from None
-        except ValueError as error:
-            raise WorkError(f"{linear} cannot be unpacked: {error}") from None
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (ValueError, IndexError, TypeError, RuntimeError, OverflowError) as error:
+            # Tensors of other types or ranks than the layout has.
+            raise WorkError(f"{linear} cannot be unpacked: {one_line(error)}") from None
 
     def _tensor(self, name: str, device: torch.device | str) -> Tensor:
         file = self._stored.get(name)
@@ -96,8 +103,9 @@ class Saved:
                 self._handles[file] = safe_open(file, framework="pt")
             tensor: Tensor = self._handles[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            raise WorkError(f"cannot read {name} from {file.name} ({reason}): write it again") from None
+            raise WorkError(
+                f"cannot read {name} from {file.name} ({one_line(error)}): write it again"
+            ) from None
         return tensor.to(device)
 
 
@@ -108,16 +116,18 @@ def _bits(layout: str, settings: dict[str, Any]) -> int:
         return 4
     if layout == "gptq":
         bits = settings.get("bits")
-        if bits not in (2, 3, 4, 8):
+        if type(bits) is not int or bits not in (2, 3, 4, 8):
             raise InputError(f"GPTQ at {bits} bits cannot be read: 2, 3, 4 and 8 can")
         return int(bits)
     if layout == "compressed-tensors":
-        schemes = list((settings.get("config_groups") or {}).values())
-        weights = [s.get("weights") or {} for s in schemes if isinstance(s, dict)]
-        widths = {w.get("num_bits") for w in weights}
-        plain = len(widths) == 1 and all(w.get("type", "int") == "int" for w in weights)
-        bits = widths.pop() if plain else None
-        if settings.get("format") != "pack-quantized" or not isinstance(bits, int) or not 2 <= bits <= 8:
+        groups = settings.get("config_groups")
+        schemes = list(groups.values()) if isinstance(groups, dict) else []
+        found = [s.get("weights") for s in schemes if isinstance(s, dict)]
+        weights = [w if isinstance(w, dict) else {} for w in found]
+        widths = [w.get("num_bits") for w in weights]
+        plain = all(n == widths[0] for n in widths) and all(w.get("type", "int") == "int" for w in weights)
+        bits = widths[0] if plain and widths else None
+        if settings.get("format") != "pack-quantized" or type(bits) is not int or not 2 <= bits <= 8:
             raise InputError("of compressed-tensors only pack-quantized integers of one width can be read")
         if any(w.get("actorder") in ("group", "dynamic") for w in weights):
             raise InputError("compressed-tensors with groups in activation order cannot be read")

@@ -52,8 +52,18 @@ SIDE_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+# Bytes of an element; other types are left to vLLM to judge.
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+BYTES.update({"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8})
+LARGEST_HEADER = 100 << 20  # the format's own limit
+LARGEST_JSON = 64 << 20
+
+
 class Refusal(Exception):
     """vLLM would not serve this, or would answer wrongly: one line, what is wrong and what to do."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -160,10 +170,21 @@ class Layer:
     g_idx: Tensor | None = None
 
 
+def stays_inside(path: Path) -> bool:
+    """Whether a checkpoint's file is a regular file of its own directory, or of its repository in a hub cache."""
+    home, real = path.parent.resolve(), path.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    return real.is_file() and any(root in real.parents for root in roots)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON:
+            raise ValueError("it is no file, or far too large")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{path} cannot be read ({error}): copy or download the checkpoint again") from error
     if not isinstance(value, dict):
         raise Refusal(f"{path} does not hold a JSON object: copy or download the checkpoint again")
@@ -184,24 +205,46 @@ def find_quantization(directory: Path, config: dict[str, Any]) -> tuple[dict[str
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file: an 8-byte length, a JSON header, then the bytes it points into."""
+    """The tensors of one safetensors file: an 8-byte length, a JSON header, then the bytes it points into.
+
+    They must fill those bytes one after another, each as large as its shape says.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            if length > size - 8:
+            if length > min(size - 8, LARGEST_HEADER):
                 raise ValueError("it is cut short")
             header = json.loads(file.read(length))
         tensors = {}
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                tensors[name] = Tensor(
-                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + end
-                )
-        if any(tensor.end > size for tensor in tensors.values()):
-            raise ValueError("it is cut short")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                shape = tuple(entry["shape"])
+                if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+                    raise ValueError("it has sizes that are none")
+                count = 1
+                for n in shape:
+                    count *= n
+                if entry["dtype"] in BYTES and count * BYTES[entry["dtype"]] != end - start:
+                    raise ValueError("its sizes contradict each other")
+                tensors[name] = Tensor(path, entry["dtype"], shape, 8 + length + start, 8 + length + end)
+        at = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.end)):
+            if tensor.start != at or tensor.end < at:
+                raise ValueError("its tensors overlap or leave holes")
+            at = tensor.end
+        if at != size:
+            raise ValueError("it is cut short" if at > size else "its tensors end before it does")
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        struct.error,
+    ) as error:
         raise Refusal(
             f"{path} is not a whole safetensors file ({error}): copy or download the checkpoint again"
         ) from error
@@ -212,14 +255,21 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint's safetensors files; empty where the weights are in another format."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
+        weight_map = read_json(index).get("weight_map")
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        for shard in named:
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise Refusal(f"{index} names a shard that is no file beside it: {shard!r}")
+        shards = sorted(set(named))
         for shard in shards:
-            if not (directory / shard).is_file():
+            if "\0" in shard or not (directory / shard).is_file():
                 raise Refusal(f"{directory / shard} is missing: copy or download the checkpoint again")
     else:
         shards = sorted(path.name for path in directory.glob("*.safetensors"))
     tensors: dict[str, Tensor] = {}
     for shard in shards:
+        if not stays_inside(directory / shard):
+            raise Refusal(f"{shard} in {directory} is a link that leads out of it: put a copy in its place")
         tensors.update(read_header(directory / shard))
     if not tensors and not any(next(directory.glob(f"*.{kind}"), None) for kind in ("bin", "pt", "gguf")):
         raise Refusal(f"{directory} holds no weights (*.safetensors): give a model's directory")
@@ -228,6 +278,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def read_integers(tensor: Tensor) -> array[int]:
     """The values of an int32 or int64 tensor, read from its bytes alone."""
+    if tensor.dtype not in ("I32", "I64"):
+        raise ValueError(f"indices of type {tensor.dtype}")
     values = array({"I32": "i", "I64": "q"}[tensor.dtype])
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
@@ -536,14 +588,27 @@ def check_checkpoint(
             "vLLM runs quantized weights in float16 or bfloat16, never float32: change or drop --dtype"
         )
     try:
-        if method == "awq":
-            bits: int | None = check_awq(quantization, device, notes)
-        elif method == "gptq":
-            bits = check_gptq(quantization, device, notes)
-        else:
-            bits = check_packed(quantization, device)
-    except (TypeError, ValueError) as error:
+        check_settings(config, quantization, method, tensors, arguments, device, notes)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Refusal(f"the quantization settings in {source} make no sense ({error})") from error
+
+
+def check_settings(
+    config: dict[str, Any],
+    quantization: dict[str, Any],
+    method: str,
+    tensors: dict[str, Tensor],
+    arguments: Arguments,
+    device: str,
+    notes: list[str],
+) -> None:
+    """Refuses settings and shapes that vLLM would refuse. Settings of the wrong kind raise what they raise."""
+    if method == "awq":
+        bits: int | None = check_awq(quantization, device, notes)
+    elif method == "gptq":
+        bits = check_gptq(quantization, device, notes)
+    else:
+        bits = check_packed(quantization, device)
     if bits is None:
         return
     if not tensors:
@@ -603,6 +668,11 @@ def eager_chosen(arguments: Arguments) -> bool:
     )
 
 
+def printable(text: object) -> str:
+    """One line that a terminal may show: names in a checkpoint are anybody's, control sequences among them."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
 def main(argv: Sequence[str]) -> int:
     """`argv`: device, model, arguments. Writes the model, `local` or `hub`, and the arguments, NUL after each.
 
@@ -612,10 +682,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         result = plan(device, model, words)
     except Refusal as refusal:
-        print(f"run_vllm.sh: {refusal}", file=sys.stderr)
+        print(f"run_vllm.sh: {printable(refusal)}", file=sys.stderr)
         return 2
     for note in result.notes:
-        print(f"run_vllm.sh: note: {note}", file=sys.stderr)
+        print(f"run_vllm.sh: note: {printable(note)}", file=sys.stderr)
     fields = [result.model, "local" if result.local else "hub", *result.words]
     sys.stdout.buffer.write(b"".join(os.fsencode(item) + b"\0" for item in fields))
     return 0

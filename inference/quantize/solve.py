@@ -272,6 +272,9 @@ class _Problem:
     def prepare(cls, H: Tensor | None, options: SolveOptions, width: int, device: torch.device) -> _Problem:
         if H is None:
             return cls(torch.eye(width, device=device), None, 0.0, 0, "rounded to nearest: no usable inputs")
+        if not bool(torch.isfinite(H.diagonal()).all()):
+            plain = torch.eye(width, device=device)
+            return cls(plain, None, 0.0, 0, "rounded to nearest: second moment is not finite")
         dead = int((H.diagonal() <= 0).sum())
         try:
             factor = factorize(H, options.damping, act_order=options.act_order)

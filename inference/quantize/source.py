@@ -7,8 +7,10 @@ from the safetensors files to the device. Blocks and linears are found from the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import shards
-from errors import FinalError, InputError, WorkError
+from allocation import AllocationLimit, TooLarge
+from errors import FinalError, InputError, WorkError, is_failure, one_line
+from untrusted import (
+    check_counts,
+    check_files,
+    places_of_this_machine,
+    read_limited,
+    stays_inside,
+    without_places,
+)
 
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 # Heads of other tasks, whose weights transformers would put under a language model's head without a word.
@@ -26,18 +37,19 @@ _OTHER_HEADS = re.compile(
     r"For(MaskedLM|PreTraining|NextSentencePrediction|MultipleChoice|QuestionAnswering|\w*Classification)$"
 )
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+_WEIGHT_SUFFIXES |= {".pkl", ".pickle", ".npy", ".npz"}
 _MAX_JSON = 64 << 20
+_LEAST_ELEMENTS = 1 << 26  # that a config may always ask for: 256 MB in float32
+_OWN_CONFIG = "take the config.json that came with the weights"
 HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Errors: `InputError` naming the file."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path.name} is larger than {_MAX_JSON >> 20} MiB: not a file of this kind")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"cannot read {path.name}: {type(error).__name__}: {error}") from None
+        found = json.loads(read_limited(path, _MAX_JSON).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, endless digits
+        raise InputError(f"cannot read {path.name}: {type(error).__name__}: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path.name} holds no JSON object")
     return found
@@ -58,19 +70,20 @@ def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Pa
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise InputError(f"{index.name} names a shard that is not a file beside it: {shard!r}")
             files[name] = directory / shard
+        held: dict[Path, dict[str, tuple[int, ...]]] = {}
         for shard_path in sorted(set(files.values())):
             if not shard_path.is_file():
                 raise InputError(
                     f"shard {shard_path.name} is missing in {directory}: download the model again"
                 )
+            held[shard_path] = shard_shapes(shard_path)
+        for name, shard_path in files.items():
+            if name not in held[shard_path]:
+                raise InputError(f"{shard_path.name} has no tensor {name}: download the model again")
         return files
     single = directory / "model.safetensors"
     if single.is_file():
-        try:
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        except SafetensorError as error:
-            raise InputError(f"{single.name} is damaged ({error}): download the model again") from None
+        return dict.fromkeys(shard_shapes(single), single)
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         remedy = (
@@ -82,6 +95,21 @@ def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Pa
     raise InputError(f"{directory} has no *.safetensors weights")
 
 
+def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, its header checked against its size.
+
+    The library refuses a header that is cut, overlaps, leaves holes, or promises other sizes than there are.
+    Errors: `InputError`.
+    """
+    if not stays_inside(path):
+        raise InputError(f"{path.name} is a link that leads out of {path.parent}: put a copy in its place")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path.name} is damaged ({one_line(error)}): download the model again") from None
+
+
 def convert_pickles(directory: Path, into: Path) -> Path:
     """A safetensors copy of a pickle checkpoint (read with `weights_only`), in `into`; returns `into`.
 
@@ -89,13 +117,14 @@ def convert_pickles(directory: Path, into: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    into.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
+    check_files(directory)
     shards = sorted(
         p for p in directory.iterdir() if p.suffix == ".bin" and p.name.startswith("pytorch_model")
     )
     if not shards:
         raise InputError(f"{directory} has no pytorch_model*.bin to convert")
+    into.mkdir(parents=True, exist_ok=True)
     for number, shard in enumerate(shards):
         try:
             state = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
@@ -103,9 +132,18 @@ def convert_pickles(directory: Path, into: Path) -> Path:
             raise InputError(
                 f"cannot read {shard.name} without running its code: {type(error).__name__}"
             ) from None
+        if not isinstance(state, dict):
+            raise InputError(
+                f"{shard.name} holds no weights by name: convert it with the program that wrote it"
+            )
         name = f"model-{number:05d}.safetensors"
-        tensors = {k: v.contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
-        save_file(tensors, into / name, metadata={"format": "pt"})
+        tensors = {str(k): v.contiguous().clone() for k, v in state.items() if isinstance(v, Tensor)}
+        try:
+            save_file(tensors, into / name, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise WorkError(
+                f"cannot store a copy of {shard.name} in {into.parent}: {one_line(error)}: set TMPDIR elsewhere"
+            ) from None
         # As old as what it was made from, by which an interrupted run knows the model again.
         os.utime(into / name, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns))
         weight_map.update(dict.fromkeys(tensors, name))
@@ -144,6 +182,33 @@ def examine_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def with_old_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that transformers 4 reads as transformers 5 does; a new object.
+
+    transformers 5 puts what it knows of rotary embeddings into `rope_parameters`, which older readers ignore
+    and take their default base instead. The old keys are added where they are missing and hold the same;
+    parameters by layer type, which have no old form, stay as they are.
+    """
+    result = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        result["text_config"] = with_old_rope_keys(config["text_config"])
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("rope_theta"), int | float):
+        return result
+    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    share = rest.pop("partial_rotary_factor", None)
+    scaled = rest.get("rope_type", "default") != "default"
+    if any(isinstance(value, dict) for value in rest.values()) or (scaled and share is not None):
+        return result
+    neox = config.get("model_type") == "gpt_neox"
+    old = {"rotary_emb_base" if neox else "rope_theta": parameters["rope_theta"]}
+    if share is not None:
+        old["rotary_pct" if neox else "partial_rotary_factor"] = share
+    if scaled:
+        old["rope_scaling"] = rest
+    return {**old, **result}
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One linear layer: its path inside the block, its full tensor prefix, and its widths."""
@@ -170,6 +235,7 @@ class Source:
         self.list_name, self.modules = _find_blocks(skeleton, config)
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
         self._handles: dict[Path, Any] = {}
+        self._cleaned: tempfile.TemporaryDirectory[str] | None = None
         self._prefix = self._name_shift()
         self.dtype = self.read(self.stored_name(f"{self.linears(0)[0].name}.weight")).dtype
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -178,13 +244,14 @@ class Source:
     @classmethod
     def open(cls, directory: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
         """Reads config and tokenizer, builds the skeleton; no weights. Errors: `InputError`."""
+        check_files(directory)
         raw = examine_config(directory)
         files = tensor_files(directory, allow_pickle=allow_pickle)
+        check_counts(raw, len(files))
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        remote = "auto_map" in raw
-        if remote and not trust_remote_code:
+        if "auto_map" in raw and not trust_remote_code:
             model_type = raw.get("model_type")
             from transformers.models.auto import configuration_auto
 
@@ -196,12 +263,14 @@ class Source:
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         except Exception as error:
-            raise InputError(f"config.json is not usable: {_one_line(error)}") from None
+            raise InputError(f"config.json is not usable ({one_line(error)}): {_OWN_CONFIG}") from None
+        shapes = [s for path in set(files.values()) for s in shard_shapes(path).values()]
+        limit = AllocationLimit(max(sum(map(math.prod, shapes)), _LEAST_ELEMENTS), 100 * len(shapes) + 10_000)
         # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
         text = config.get_text_config()
         attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), limit:
                 build: Any = AutoModelForCausalLM.from_config
                 skeleton = build(
                     config,
@@ -209,21 +278,26 @@ class Source:
                     attn_implementation=attention,
                     trust_remote_code=trust_remote_code,
                 )
+        except TooLarge as error:
+            raise InputError(f"{error}: {_OWN_CONFIG}") from None
         except ValueError as error:
             if "Unrecognized configuration class" in str(error):
                 raise InputError(
                     f"{type(config).__name__} is not a causal LM: nothing to quantize here"
                 ) from None
-            raise InputError(f"cannot build the model: {_one_line(error)}") from None
+            raise InputError(f"cannot build the model ({one_line(error)}): {_OWN_CONFIG}") from None
         except Exception as error:
-            raise InputError(f"cannot build the model: {_one_line(error)}") from None
+            raise InputError(f"cannot build the model ({one_line(error)}): {_OWN_CONFIG}") from None
         skeleton.eval()
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise InputError(f"no usable tokenizer in {directory}: {_one_line(error)}") from None
-        # Without its files some classes come up empty instead of failing.
-        if not set(tokenizer("some text")["input_ids"]) - set(tokenizer.all_special_ids):
+            # Without its files some classes come up empty instead of failing.
+            words = set(tokenizer("some text")["input_ids"]) - set(tokenizer.all_special_ids)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise InputError(f"no usable tokenizer in {directory}: {one_line(error)}") from None
+        if not words:
             raise InputError(f"no usable tokenizer in {directory}: copy its files there (tokenizer.json)")
         return cls(directory, config, skeleton, tokenizer, files)
 
@@ -263,7 +337,7 @@ class Source:
                 self._handles[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise WorkError(
-                    f"shard {path.name} is damaged ({_one_line(error)}): download it again"
+                    f"shard {path.name} is damaged ({one_line(error)}): download it again"
                 ) from None
         return self._handles[path]
 
@@ -278,7 +352,7 @@ class Source:
         except (SafetensorError, OSError, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise WorkError(f"cannot read {stored} from {path.name}: {_one_line(error)}") from None
+            raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
 
     def describe(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of one tensor, from its file's header. Errors: `WorkError` naming shard and tensor."""
@@ -291,7 +365,7 @@ class Source:
                 f"{stored} in {path.name} is {error.args[0]}: such tensors cannot be copied"
             ) from None
         except SafetensorError as error:
-            raise WorkError(f"cannot read {stored} from {path.name}: {_one_line(error)}") from None
+            raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
 
     @property
     def tied_head(self) -> tuple[str, str] | None:
@@ -369,7 +443,10 @@ class Source:
         return [name for name in self.files if name not in quantized]
 
     def side_files(self) -> list[Path]:
-        """Everything in the directory that is not weights: tokenizer, generation config, templates, code, licence."""
+        """Everything in the directory that is not weights: tokenizer, generation config, templates, code, licence.
+
+        Pickles that are no weights stay behind too (they can hold code), and paths of this machine.
+        """
         found = []
         for path in sorted(self.directory.iterdir()):
             if (
@@ -380,8 +457,31 @@ class Source:
                 continue
             if path.name == "config.json" or not path.is_file():
                 continue
-            found.append(path)
+            found.append(self._without_places(path) if path.suffix == ".json" else path)
         return found
+
+    def _without_places(self, path: Path) -> Path:
+        """A JSON file, or a copy of it without paths of this machine (trainers and tokenizers write theirs)."""
+        places = places_of_this_machine(self.directory)
+        try:
+            data = read_limited(path, _MAX_JSON)
+            if not any(place.encode() in data for place in places):
+                return path
+            cleaned = without_places(json.loads(data), places)
+        except (OSError, ValueError, RecursionError, InputError):
+            return path  # no JSON after all, or none that anybody reads
+        if self._cleaned is None:
+            self._cleaned = tempfile.TemporaryDirectory(prefix="llm-quantize-")
+        copy = Path(self._cleaned.name) / path.name
+        copy.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return copy
+
+    def published_config(self) -> dict[str, Any]:
+        """config.json for the quantized model, but for its quantization: readable by old readers, without paths."""
+        config = with_old_rope_keys(read_json(self.directory / "config.json"))
+        config.pop("_name_or_path", None)
+        cleaned: dict[str, Any] = without_places(config, places_of_this_machine(self.directory))
+        return cleaned
 
 
 def _find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
@@ -407,9 +507,13 @@ def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module.get_submodule(owner)._parameters[leaf] = parameter
 
 
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:200]
-
-
-__all__ = ["Linear", "Source", "convert_pickles", "examine_config", "read_json", "tensor_files"]
+__all__ = [
+    "HEAD_NAMES",
+    "Linear",
+    "Source",
+    "convert_pickles",
+    "examine_config",
+    "read_json",
+    "tensor_files",
+    "with_old_rope_keys",
+]

@@ -1,0 +1,439 @@
+"""Readers of what strangers wrote, under random input: a refusal of one line comes out, or a value, nothing else.
+
+In the suite each reader gets a fixed number of the same examples. `LLM_QUANTIZE_FUZZ=SECONDS` instead draws new
+ones for that long in each reader, and prints how many were run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import corpus
+import serve_check
+from calibration import load_windows
+from config import CalibrationConfig
+from errors import InputError, WorkError
+from models import FAMILIES, write
+from reference import write_rtn_checkpoint
+from saved import dequantized
+from source import Source, examine_config, read_json, tensor_files, with_old_rope_keys
+from untrusted import check_counts
+
+SECONDS = float(os.environ.get("LLM_QUANTIZE_FUZZ", "0"))
+Reader = Callable[[Path], object]
+
+# --- what is drawn --------------------------------------------------------------------------------------------
+
+ODD = [
+    0,
+    1,
+    -1,
+    4,
+    32,
+    128,
+    2**31,
+    2**63,
+    10**9,
+    10**40,
+    0.5,
+    4.0,
+    float("inf"),
+    float("nan"),
+    "",
+    "4",
+    "gptq",
+    "\0",
+]
+ODD += ["../x", "/etc/passwd", "\ud800", True, False, None, [], {}, [4], ["x"], {"a": 1}, [[[]]], "x" * 300]
+LEAVES = st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def spots(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside a JSON document."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*at, key)
+        yield from spots(value[key], (*at, key))
+
+
+@st.composite
+def changed(draw: st.DrawFn, whole: Any, most: int = 3) -> Any:
+    """A JSON document with up to `most` of its values replaced, removed, or put under another key."""
+    document = copy.deepcopy(whole)
+    for _ in range(draw(st.integers(1, most))):
+        places = list(spots(document))
+        if not places:
+            break
+        *path, last = draw(st.sampled_from(places))
+        owner = document
+        for key in path:
+            owner = owner[key]
+        what = draw(st.integers(0, 5))
+        if what == 0:
+            del owner[last]
+        elif what == 1 and isinstance(owner, dict):
+            owner[draw(st.text(max_size=12))] = owner.pop(last)
+        else:
+            owner[last] = copy.deepcopy(draw(VALUES))
+    return document
+
+
+def dumped(value: Any) -> bytes:
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+def damaged(data: bytes) -> st.SearchStrategy[bytes]:
+    """Bytes of which some are others, missing or doubled."""
+
+    @st.composite
+    def draw_bytes(draw: st.DrawFn) -> bytes:
+        found = bytearray(data)
+        for _ in range(draw(st.integers(1, 4))):
+            at = draw(st.integers(0, max(len(found) - 1, 0)))
+            what = draw(st.integers(0, 3))
+            if what == 0:
+                found[at:] = b""
+            elif what == 1:
+                found[at : at + 1] = draw(st.binary(max_size=3))
+            elif what == 2 and len(found) > at:
+                found[at] ^= 1 << draw(st.integers(0, 7))
+            else:
+                found[at:at] = found[at : at + draw(st.integers(1, 64))]
+        return bytes(found)
+
+    return draw_bytes()
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+def run(name: str, strategy: st.SearchStrategy[Any], body: Callable[[Any], None], examples: int) -> None:
+    """`body` on examples of `strategy`: the same ones always, or new ones until the time is over."""
+    count = 0
+
+    def counted(value: Any) -> None:
+        nonlocal count
+        count += 1
+        body(value)
+
+    quiet = list(HealthCheck)
+    if not SECONDS:
+        settings(
+            max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=quiet
+        )(given(strategy)(counted))()
+        assert count >= examples // 2
+        return
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        settings(
+            max_examples=500, database=None, deadline=None, suppress_health_check=quiet,
+            phases=[Phase.generate, Phase.shrink],
+        )(given(strategy)(counted))()  # fmt: skip
+    print(f"\nfuzzed {name}: {count} executions in {SECONDS:g} s")
+
+
+@contextmanager
+def refusing(*kinds: type[BaseException]) -> Iterator[None]:
+    """Only these may come out, each of one line that a terminal can show."""
+    line = "-"
+    try:
+        yield
+    except kinds as error:
+        line = str(error)
+    assert line
+    assert "\n" not in line
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fuzz")
+    write(root / "model", FAMILIES["llama"]())
+    for layout, bits in (("awq", 4), ("gptq", 4), ("compressed-tensors", 4)):
+        write_rtn_checkpoint(root / "model", root / layout, layout, bits, 32, layout != "awq")
+    (root / "work").mkdir()
+    return root
+
+
+@pytest.fixture
+def work(home: Path) -> Path:
+    return home / "work"
+
+
+# --- the readers ------------------------------------------------------------------------------------------------
+
+
+def test_configs(home: Path, work: Path) -> None:
+    """config.json of a source, to the skeleton of the model and back to what is published."""
+    directory = Path(shutil.copytree(home / "model", work / "configs"))
+    whole = json.loads((directory / "config.json").read_text())
+
+    def body(value: Any) -> None:
+        (directory / "config.json").write_bytes(dumped(value))
+        with refusing(InputError, WorkError):
+            source = Source.open(directory)
+            json.dumps(source.published_config())
+
+    run("configs", changed(whole), body, 60)
+
+
+def test_configs_of_all_kinds() -> None:
+    """The parts that look at any JSON object."""
+    whole = {
+        "architectures": ["LlamaForCausalLM"],
+        "quantization_config": None,
+        "text_config": {"quantization_config": None, "rope_parameters": {"rope_theta": 1.0}},
+        "rope_parameters": {"rope_theta": 1.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+        "num_experts": 0,
+        "layers": [{"num_layers": 3}],
+        "model_type": "gpt_neox",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+
+        def body(value: Any) -> None:
+            path.write_bytes(dumped(value))
+            with refusing(InputError):
+                config = examine_config(Path(folder))
+                check_counts(config, 10)
+                with_old_rope_keys(config)
+
+        run("configs of all kinds", changed(whole, 4) | VALUES, body, 300)
+
+
+def test_json_files() -> None:
+    text = dumped({"a": [1, 2.5, None, True, "x\u00e9"], "b": {"c": {}}})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.json"
+
+        def body(data: bytes) -> None:
+            path.write_bytes(data)
+            with refusing(InputError):
+                assert isinstance(read_json(path), dict)
+            with refusing(serve_check.Refusal):
+                assert isinstance(serve_check.read_json(path), dict)
+
+        run("JSON files", damaged(text) | st.binary(max_size=40), body, 300)
+
+
+def test_tokenizer_files(home: Path, work: Path) -> None:
+    """tokenizer.json and tokenizer_config.json of a source, to token windows."""
+    directory = Path(shutil.copytree(home / "model", work / "tokenizers"))
+    text = work / "words.txt"
+    text.write_text("def some_words(that, are) -> None: ...\n" * 40)
+    small = json.loads((directory / "tokenizer.json").read_text())
+    small["model"]["merges"] = small["model"]["merges"][:20]
+    words = sorted(small["model"]["vocab"], key=small["model"]["vocab"].get)[:300]
+    small["model"]["vocab"] = {word: i for i, word in enumerate(words)}
+    names = ("tokenizer.json", "tokenizer_config.json")
+    settings_ = json.loads((directory / names[1]).read_text())
+    plain = CalibrationConfig(data=str(text), samples=2, seq_len=8)
+
+    def body(value: tuple[Any, Any]) -> None:
+        for name, content in zip(names, value, strict=True):
+            (directory / name).write_bytes(dumped(content))
+        with refusing(InputError, WorkError):
+            source = Source.open(directory)
+            load_windows(plain, source.tokenizer, log=lambda line: None)
+
+    pairs = st.tuples(changed(small) | st.just(small), changed(settings_, 2) | st.just(settings_))
+    run("tokenizers", pairs, body, 40)
+
+
+def test_indexes(home: Path, work: Path) -> None:
+    directory = Path(shutil.copytree(home / "model", work / "indexes"))
+    names = list(load_file(directory / "model.safetensors"))[:6]
+    whole = {"metadata": {"total_size": 5}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+
+    def body(value: Any) -> None:
+        (directory / "model.safetensors.index.json").write_bytes(dumped(value))
+        with refusing(InputError):
+            assert {p.parent for p in tensor_files(directory).values()} == {directory}
+        with refusing(serve_check.Refusal):
+            assert {t.file.parent for t in serve_check.read_tensors(directory).values()} == {directory}
+
+    run("indexes", changed(whole), body, 300)
+
+
+def test_headers(work: Path) -> None:
+    """Both readers of safetensors headers: whatever they accept lies inside the file."""
+    directory = work / "headers"
+    directory.mkdir()
+    path = directory / "model.safetensors"
+    tensors = {"a": torch.zeros(4), "b.qweight": torch.zeros(2, 3, dtype=torch.int32), "c": torch.zeros(())}
+    save_file(tensors, path, metadata={"format": "pt"})
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    whole, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+
+    @st.composite
+    def files(draw: st.DrawFn) -> bytes:
+        text = dumped(draw(changed(whole)))
+        said = draw(st.just(len(text)) | st.integers(0, 2**64 - 1))
+        return struct.pack("<Q", said) + text + rest
+
+    def body(content: bytes) -> None:
+        path.write_bytes(content)
+        with refusing(InputError):
+            tensor_files(directory)
+        with refusing(serve_check.Refusal):
+            found = serve_check.read_tensors(directory)
+            assert all(0 <= t.start <= t.end <= len(content) for t in found.values())
+
+    run("headers", files() | damaged(data), body, 500)
+
+
+def smaller(directory: Path, into: Path) -> Path:
+    """A quantized checkpoint of two layers and a norm, which can be written many times a second."""
+    into.mkdir()
+    tensors = load_file(directory / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if "layers.0.mlp" in n or n.endswith("norm.weight")}
+    save_file(kept, into / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(directory / "config.json", into)
+    return into
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
+def test_quantization_configs(layout: str, home: Path, work: Path) -> None:
+    """Of `saved.py` and of `serve_check.py`, each with the command lines it meets."""
+    directory = smaller(home / layout, work / f"settings-{layout}")
+    whole = json.loads((directory / "config.json").read_text())
+    whole = {key: whole[key] for key in ("quantization_config", "num_attention_heads", "num_key_value_heads")}
+    more = {"text_config": {"num_attention_heads": 4}, "dynamic": {"+:.*": {"bits": 4}}}
+    whole["quantization_config"] = whole["quantization_config"] | more
+    word_lists = [[], ["-q", layout], ["--tensor-parallel-size", "2"], ["-tp=8", "--dtype", "half"]]
+
+    def body(value: tuple[Any, str, list[str]]) -> None:
+        config, device, words = value
+        (directory / "config.json").write_bytes(dumped(config))
+        with refusing(InputError, WorkError):
+            found = dequantized(directory)
+            for name in found.files:
+                found.read(name)
+        with refusing(serve_check.Refusal):
+            serve_check.plan(device, str(directory), words)
+
+    devices = st.sampled_from(["cuda", "cpu", "other"])
+    run(
+        f"{layout} settings",
+        st.tuples(changed(whole, 4), devices, st.sampled_from(word_lists)),
+        body,
+        120,
+    )
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
+def test_tensors_of_other_shapes_and_types(layout: str, home: Path, work: Path) -> None:
+    directory = smaller(home / layout, work / f"tensors-{layout}")
+    path = directory / "model.safetensors"
+    whole = load_file(path)
+    types = [torch.int32, torch.int64, torch.float16, torch.float32, torch.uint8, torch.bool, torch.bfloat16]
+    shapes = st.lists(st.sampled_from([0, 1, 2, 8, 12, 32, 64, 96]), max_size=3).map(tuple)
+    change = st.tuples(st.sampled_from(sorted(whole)), shapes, st.sampled_from(types), st.integers(-3, 300))
+
+    def body(value: tuple[list[Any], str]) -> None:
+        tensors = dict(whole)
+        for name, shape, dtype, fill in value[0]:
+            tensors[name] = torch.full(shape, fill).to(dtype)
+        save_file(tensors, path, metadata={"format": "pt"})
+        with refusing(InputError, WorkError):
+            found = dequantized(directory)
+            for name in found.files:
+                with refusing(WorkError):
+                    found.read(name)
+        with refusing(serve_check.Refusal):
+            serve_check.plan(value[1], str(directory), [])
+
+    devices = st.sampled_from(["cuda", "cpu"])
+    run(f"{layout} tensors", st.tuples(st.lists(change, min_size=1, max_size=3), devices), body, 120)
+
+
+RECORDS = [
+    {"text": "some words", "id": 3},
+    {"text": None},
+    {"messages": [{"role": "user", "content": "hello"}, {"from": "gpt", "value": "x"}]},
+    {"messages": {"role": ["user", "gpt"], "content": ["a", "b"]}},
+    "words alone",
+]
+LINES = b"".join(dumped(record) + b"\n" for record in RECORDS)
+FILES: dict[str, bytes] = {
+    "a.txt": "some w\u00f6rds\n\non lines\n".encode(),
+    "a.jsonl": LINES,
+    "a.json": dumped({"version": 1, "data": RECORDS[:3]}),
+    "a.csv": b'id,text\n1,"some, ""words"""\n2,more\n',
+    "a.txt.gz": gzip.compress(b"some words on lines\n" * 20, mtime=0),
+    "a.jsonl.gz": gzip.compress(LINES, mtime=0),
+}
+
+
+def parquet() -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["some words", "more", None], "id": [1, 2, 3]}), sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+@pytest.fixture(scope="module")
+def tokenizer(home: Path) -> Any:
+    found = Source.open(home / "model").tokenizer
+    found.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
+    return found
+
+
+@pytest.mark.parametrize("name", [*FILES, "a.parquet"])
+def test_calibration_files(name: str, tokenizer: Any, work: Path) -> None:
+    """To token windows, through the chat template where they hold conversations."""
+    data = parquet() if name == "a.parquet" else FILES[name]
+    path = work / name
+    strategy: st.SearchStrategy[bytes] = damaged(data) | st.binary(max_size=60)
+    if name.endswith((".jsonl", ".json")):
+        records = st.lists(changed(RECORDS) | VALUES, max_size=4)
+        strategy |= records.map(lambda r: b"\n".join(map(dumped, r)))
+        strategy |= records.map(dumped)
+
+    def body(content: bytes) -> None:
+        path.write_bytes(content)
+        with refusing(InputError):
+            windows = load_windows(
+                CalibrationConfig(data=str(path), samples=2, seq_len=4), tokenizer, log=lambda line: None
+            )
+            assert windows.tokens.shape[1] == 4
+
+    run(name, strategy, body, 60)
+
+
+def test_names_of_calibration_data() -> None:
+    pieces = st.sampled_from(
+        ["wikitext", "c4", ":", "/", "..", ".", "a", ".txt", "~", "\0", "org/name", " ", "\\", "é"]
+    )
+
+    def body(text: str) -> None:
+        with refusing(InputError):
+            found = corpus.locate(text)
+            assert isinstance(found, Path | corpus.HubData)
+
+    run("names", st.lists(pieces, max_size=6).map("".join) | st.text(max_size=20), body, 300)

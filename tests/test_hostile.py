@@ -1,0 +1,764 @@
+"""Models from strangers: no code of theirs runs, nothing outside their directory is read, no size is believed."""
+
+from __future__ import annotations
+
+import getpass
+import gzip
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import corpus
+import serve_check
+from allocation import AllocationLimit, TooLarge
+from config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
+from conftest import MAIN
+from errors import InputError
+from hub import resolve_model
+from models import CPU
+from saved import dequantized
+from source import Source, convert_pickles, tensor_files
+from untrusted import read_limited, without_places
+
+QUICK = ["--calib_samples", "2", "--calib_seq_len", "32", "--eval_data", "off", "--device", "cpu"]
+QUICK += ["--group_size", "32", "--quality", "fast"]
+
+
+@pytest.fixture
+def model(saved: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a small model, to be made hostile."""
+    return Path(shutil.copytree(saved("llama"), tmp_path / "model"))
+
+
+def edit(path: Path, **values: Any) -> None:
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | values))
+
+
+def refused(directory: Path, words: str = ".", kind: type[Exception] = InputError) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        Source.open(directory)
+    assert "\n" not in str(caught.value)
+
+
+# --- code -----------------------------------------------------------------------------------------------------
+
+
+class Marker:
+    """Pickled, it makes a file where it is read back."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that comes into being where code of the model ran."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path / "ran"
+
+
+def with_code(model: Path, mark: Path) -> None:
+    """Code wherever transformers looks for some, which makes `mark` when it is imported."""
+    for name in ("evil.py", "modeling_evil.py", "tokenization_evil.py", "custom_generate/generate.py"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(
+            f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+            "class Config(LlamaConfig): pass\nclass Model(LlamaForCausalLM): config_class = Config\n"
+            "class Tokens(PreTrainedTokenizerFast): pass\n"
+        )
+    edit(model / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tokenization_evil.Tokens"]})
+    edit(model / "generation_config.json", custom_generate="custom_generate")
+
+
+def test_code_of_a_model_is_not_run(model: Path, mark: Path) -> None:
+    """A type that transformers knows is read with its own class, whatever the model brings."""
+    with_code(model, mark)
+    source = Source.open(model)
+    assert type(source.config).__module__.startswith("transformers.")
+    assert type(source.skeleton).__module__.startswith("transformers.")
+    assert not mark.exists()
+    target = mark.parent / "out"
+    words = ["--model_path", str(model), "--output_path", str(target), *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 0
+    assert not mark.exists()
+
+
+def test_the_flag_runs_it(model: Path, mark: Path) -> None:
+    """So that the tests beside this one would notice."""
+    with_code(model, mark)
+    assert type(Source.open(model, trust_remote_code=True).skeleton).__name__ == "Model"
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("reference", ["evil.Config", "other/repository--evil.Config"])
+def test_a_type_of_its_own_needs_the_flag(model: Path, mark: Path, reference: str) -> None:
+    with_code(model, mark)
+    edit(model / "config.json", model_type="evil", auto_map={"AutoConfig": reference})
+    refused(model, "its own code.*--trust_remote_code")
+    assert not mark.exists()
+
+
+def test_a_tokenizer_of_its_own_needs_the_flag(model: Path, mark: Path) -> None:
+    with_code(model, mark)
+    (model / "tokenizer.json").unlink()
+    edit(model / "tokenizer_config.json", tokenizer_class="Tokens")
+    refused(model, "no usable tokenizer")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_no_kernel_of_the_hub_by_a_name_in_the_config(model: Path, key: str) -> None:
+    edit(model / "config.json", **{key: "evil/kernel"})
+    assert Source.open(model).config._attn_implementation == "sdpa"
+
+
+def test_a_chat_template_cannot_reach_python(model: Path, mark: Path) -> None:
+    reach = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    importing = f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}"
+    data = mark.parent / "chat.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "some words"}]}))
+    for template in (reach, importing, "{{ messages.__class__.__base__ }}", "{% include '/etc/hostname' %}"):
+        (model / "chat_template.jinja").write_text(template)
+        words = ["--model_path", str(model), "--output_path", str(mark.parent / "out"), *QUICK]
+        assert MAIN["gptq"]([*words, "--calib_data", str(data)]) == 2, template
+    assert not mark.exists()
+
+
+# --- pickles --------------------------------------------------------------------------------------------------
+
+PICKLES = (
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "tokenizer.pkl",
+    "vocab.pickle",
+    "x.pth",
+    "a.npy",
+)
+
+
+def test_no_pickle_is_read_or_handed_on(model: Path, mark: Path, tmp_path: Path) -> None:
+    for name in PICKLES:
+        (model / name).write_bytes(pickle.dumps({"weights": Marker(mark)}))
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 0
+    assert not mark.exists()
+    assert not set(PICKLES) & {p.name for p in (tmp_path / "out").iterdir()}
+    pickle.loads((model / PICKLES[0]).read_bytes())
+    assert mark.exists()  # it would have
+
+
+@pytest.mark.parametrize("content", [{"x": 1}, [1], 3, None])
+def test_pickled_weights(model: Path, mark: Path, tmp_path: Path, content: Any) -> None:
+    """Without the flag they are refused by name; with it nothing but tensors is read."""
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Marker(mark)}))
+    refused(model, r"only pickle weights \(pytorch_model\.bin\).*--allow_pickle")
+    with pytest.raises(InputError, match=r"cannot read pytorch_model\.bin without running its code"):
+        convert_pickles(model, tmp_path / "converted")
+    torch.save(content, model / "pytorch_model.bin")
+    if not isinstance(content, dict):
+        with pytest.raises(InputError, match="holds no weights by name"):
+            convert_pickles(model, tmp_path / "converted")
+    assert not mark.exists()
+
+
+# --- files that are not the directory's own -------------------------------------------------------------------
+
+READ = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "tokenizer.model",
+    "evil.py",
+)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_link_that_leads_out_is_refused(model: Path, tmp_path: Path, name: str) -> None:
+    if (model / name).exists():
+        (model / name).rename(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("{}")
+    for target in (str(tmp_path / name), f"../{name}"):
+        (model / name).symlink_to(target)
+        refused(model, rf"^{name} in .* is a link that leads out of it: put a copy in its place")
+        (model / name).unlink()
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_refused(model: Path, name: str, kind: str) -> None:
+    (model / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(model / name)
+    else:
+        (model / name).symlink_to("/dev/zero")
+    refused(model, f"{name} in .* is neither a file nor a directory")
+
+
+def test_links_inside_and_into_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").rename(model / "w.safetensors")
+    (model / "model.safetensors").symlink_to("w.safetensors")
+    Source.open(model)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(p for p in model.iterdir() if not p.is_symlink()):
+        shutil.copy(file, blobs / str(number))
+        name = "model.safetensors" if file.name == "w.safetensors" else file.name
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    Source.open(snapshot)
+    # Blobs of another repository are not this one's.
+    other = tmp_path / "models--c--d" / "blobs"
+    other.mkdir(parents=True)
+    shutil.copy(model / "config.json", other / "1")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../models--c--d/blobs/1")
+    refused(snapshot, "is a link that leads out")
+
+
+SHARDS = ["../w.safetensors", "/w.safetensors", "sub/w.safetensors", "..", "", ".", "a\0.safetensors"]
+SHARDS += ["w.safetensors/", "./w.safetensors", "..\\w.safetensors/../../w.safetensors"]
+
+
+@pytest.mark.parametrize("shard", [*SHARDS, None, 3, ["w.safetensors"], {}])
+def test_an_index_cannot_name_what_is_elsewhere(model: Path, tmp_path: Path, shard: Any) -> None:
+    names = load_file(model / "model.safetensors")
+    for place in (tmp_path, model / "sub"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(model / "model.safetensors", place / "w.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    refused(model)
+    with pytest.raises(serve_check.Refusal):
+        serve_check.read_tensors(model)
+
+
+def test_an_index_cannot_lead_out_by_a_link(model: Path, tmp_path: Path) -> None:
+    names = load_file(model / "model.safetensors")
+    (model / "model.safetensors").rename(tmp_path / "w.safetensors")
+    (model / "a.safetensors").symlink_to(tmp_path / "w.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+    refused(model, "a.safetensors in .* is a link that leads out")
+    with pytest.raises(InputError, match="a link that leads out"):
+        tensor_files(model)  # as a quantized directory is read
+    with pytest.raises(serve_check.Refusal, match="a link that leads out"):
+        serve_check.read_tensors(model)
+
+
+def test_an_index_that_does_not_know_its_shards(model: Path) -> None:
+    names = load_file(model / "model.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys([*names, "ghost"], "model.safetensors")}))
+    refused(model, "model.safetensors has no tensor ghost: download")
+
+
+@pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "merges_file", "chat_template_file"])
+def test_a_tokenizers_config_cannot_name_what_is_elsewhere(model: Path, tmp_path: Path, key: str) -> None:
+    before = Source.open(model).tokenizer
+    other = json.loads((model / "tokenizer.json").read_text())
+    other["added_tokens"] = []
+    other["model"]["vocab"] = {"secret": 0, "words": 1}
+    other["model"]["merges"] = []
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    edit(model / "tokenizer_config.json", **{key: str(tmp_path / "other.json")})
+    found = Source.open(model).tokenizer
+    assert found("def secret(words):")["input_ids"] == before("def secret(words):")["input_ids"]
+    assert found.chat_template == before.chat_template
+
+
+@pytest.mark.parametrize("listed", ["../outside.json", "/tmp/outside.json", "a/../../outside.json"])
+def test_a_hub_cannot_name_a_file_outside_its_cache(listed: str, tmp_path: Path) -> None:
+    """What a repository lists becomes paths under the cache, or nothing."""
+    script = (
+        "import sys; import huggingface_hub as h; from errors import InputError; import hub\n"
+        "from types import SimpleNamespace as N\n"
+        "info = N(sha='c0ffee' + '0' * 34, siblings=[N(rfilename=sys.argv[1])])\n"
+        "h.HfApi.model_info = h.HfApi.repo_info = lambda *a, **k: info\n"
+        "h.HfApi.list_repo_tree = lambda *a, **k: [h.hf_api.RepoFile(path=sys.argv[1], size=2, oid='1' * 40)]\n"
+        "try: hub.resolve_model('org/tiny', log=lambda line: None)\n"
+        "except InputError as error: print(error)\n"
+    )
+    folder = str(Path(serve_check.__file__).parent)
+    environment = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PYTHONPATH": folder,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, listed],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert not [p for p in tmp_path.rglob("outside*") if (tmp_path / "home") not in p.parents]
+    assert not Path("/tmp/outside.json").exists()
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------
+
+
+def header(**tensors: Any) -> bytes:
+    return json.dumps(tensors).encode()
+
+
+def entry(start: int, end: int, shape: Any = (2,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def file_of(text: bytes, data: int = 16, length: int | None = None) -> bytes:
+    length = len(text) if length is None else length
+    return (length % 2**64).to_bytes(8, "little") + text + bytes(data)
+
+
+LIES: dict[str, bytes] = {
+    "nothing": b"",
+    "a length alone": b"\x10\0\0\0",
+    "header longer than the file": file_of(header(a=entry(0, 8)), length=1000),
+    "header of 2^63 bytes": file_of(header(a=entry(0, 8)), length=2**63),
+    "header of -1 bytes": file_of(header(a=entry(0, 8)), length=-1),
+    "header that ends early": file_of(header(a=entry(0, 8)), length=10),
+    "no JSON": file_of(b"{not json"),
+    "a list": file_of(b"[1, 2]"),
+    "a number": file_of(b"3"),
+    "deep": file_of(b"[" * 100_000),
+    "not UTF-8": file_of(b'{"\xff": 1}'),
+    "a tensor that is a list": file_of(header(a=[1])),
+    "no offsets": file_of(header(a={"dtype": "F32", "shape": [2]})),
+    "offsets of one": file_of(header(a={"dtype": "F32", "shape": [2], "data_offsets": [0]})),
+    "offsets that are words": file_of(header(a={"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]})),
+    "offsets that are fractions": file_of(header(a={"dtype": "F32", "shape": [2], "data_offsets": [0.5, 8.5]})),
+    "offsets beyond the end": file_of(header(a=entry(0, 80, (20,)))),
+    "offsets far beyond the end": file_of(header(a=entry(0, 2**62, (2**60,)))),
+    "negative offsets": file_of(header(a=entry(-8, 0))),
+    "offsets backwards": file_of(header(a=entry(8, 0))),
+    "a shape larger than its bytes": file_of(header(a=entry(0, 16, (2**40,)))),
+    "a shape that overflows": file_of(header(a=entry(0, 16, (2**62, 2**62)))),
+    "a negative shape": file_of(header(a=entry(0, 16, (-4,)))),
+    "two negative sizes": file_of(header(a=entry(0, 16, (-2, -2)))),
+    "a shape that is a word": file_of(header(a=entry(0, 16, "4"))),
+    "an unknown type": file_of(header(a=entry(0, 16, (4,), "F33"))),
+    "overlapping": file_of(header(a=entry(0, 12, (3,)), b=entry(8, 16))),
+    "a hole": file_of(header(a=entry(0, 4, (1,)), b=entry(8, 16))),
+    "bytes of nobody at the end": file_of(header(a=entry(0, 8))),
+    "no bytes": file_of(header(a=entry(0, 16, (4,))), data=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused(lie: str, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(LIES[lie])
+    refused(model, "model.safetensors is damaged")
+    (model / "model.safetensors").rename(model / "a.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(model, "a.safetensors is damaged")
+    edit(model / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(InputError, match=r"a\.safetensors is damaged"):
+        dequantized(model)
+    if lie != "an unknown type":  # left to vLLM, which reads with the library
+        with pytest.raises(serve_check.Refusal, match="is not a whole safetensors file"):
+            serve_check.read_tensors(model)
+
+
+def test_a_header_of_gigabytes_is_not_read(model: Path) -> None:
+    """The file is as long as it says, of zeros that take no disk."""
+    path = model / "model.safetensors"
+    with open(path, "wb") as file:
+        file.write((4 << 30).to_bytes(8, "little"))
+        file.truncate((4 << 30) + 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(model, "model.safetensors is damaged")
+    with pytest.raises(serve_check.Refusal, match="is not a whole safetensors file"):
+        serve_check.read_tensors(model)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
+
+
+HUGE = 10**9
+SIZES: dict[str, dict[str, Any]] = {
+    "layers": {"num_hidden_layers": HUGE, "layer_types": None},
+    "layers, negative": {"num_hidden_layers": -HUGE},
+    "no layers": {"num_hidden_layers": 0},
+    "layers in words": {"num_hidden_layers": "many"},
+    "layers by another name": {"n_layers": HUGE},
+    "layers inside": {"text_config": {"num_hidden_layers": HUGE}},
+    "layers far inside": {"a": [{"b": {"num_layers": HUGE}}]},
+    "width": {"hidden_size": HUGE},
+    "width, negative": {"hidden_size": -64},
+    "no width": {"hidden_size": 0},
+    "width in words": {"hidden_size": "64"},
+    "MLP": {"intermediate_size": HUGE},
+    "vocabulary": {"vocab_size": 10**12},
+    "vocabulary, negative": {"vocab_size": -1},
+    "vocabulary beyond integers": {"vocab_size": 10**40},
+    "head": {"head_dim": HUGE},
+    "heads": {"num_attention_heads": HUGE},
+    "no heads": {"num_attention_heads": 0},
+    "labels": {"num_labels": HUGE},
+    "rope": {"rope_parameters": {"rope_theta": "x", "rope_type": "default"}},
+    "rope of a stranger": {"rope_parameters": {"rope_theta": 1, "rope_type": "evil"}},
+    "an activation that is code": {"hidden_act": "__import__('os').system('true')"},
+    "a type that is a path": {"model_type": "../../evil"},
+    "a type that is a list": {"model_type": ["llama"]},
+    "architectures of nothing": {"model_type": "", "architectures": []},
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_absurd_configs_are_refused_and_cost_nothing(case: str, model: Path) -> None:
+    edit(model / "config.json", **SIZES[case])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(model)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
+
+
+@pytest.mark.parametrize("length", [1 << 20, 1 << 18, 1 << 40])
+def test_buffers_that_grow_with_the_square_of_a_number_in_the_config(length: int, model: Path) -> None:
+    """GPT-BigCode keeps a mask of every position against every other."""
+    from transformers import GPTBigCodeConfig
+
+    config = GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=2048)
+    config.architectures = ["GPTBigCodeForCausalLM"]
+    (model / "config.json").write_text(config.to_json_string())
+    edit(model / "config.json", n_positions=length)
+    refused(model, "asks for a tensor of .* elements, more than all weights together hold")
+
+
+def test_deep_and_endless_json(model: Path) -> None:
+    config = model / "config.json"
+    whole = config.read_text()
+    for text in (
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        '{"a": ' + "9" * 100_000 + "}",
+        whole[:-1] + ', "b": ' + "[" * 900 + "]" * 900 + ', "num_hidden_layers": 1000000000}',
+    ):
+        config.write_text(text)
+        refused(model)
+    config.write_text(whole)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        before = (model / name).read_text()
+        (model / name).write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+        refused(model, "no usable tokenizer")
+        (model / name).write_text(before)
+    with open(model / "tokenizer.json", "wb") as file:
+        file.truncate(513 << 20)
+    refused(model, "tokenizer.json in .* is larger than 512 MiB")
+
+
+def test_the_limit_is_asked_before_memory_is_taken() -> None:
+    with AllocationLimit(1000, 100), pytest.raises(TooLarge, match="1,001 elements"):
+        torch.ones(1001)
+    with AllocationLimit(1000, 100), pytest.raises(TooLarge, match="elements"):
+        torch.arange(900)[:, None] * torch.arange(900)
+    with AllocationLimit(1000, 100):
+        for _ in range(100):
+            torch.ones(1)
+        with pytest.raises(TooLarge, match="more modules"):
+            torch.ones(1)
+    with AllocationLimit(1000, 100):
+        assert torch.empty(10**9, device="meta").is_meta
+        assert float((torch.ones(30, 30) @ torch.ones(30, 1)).sum()) == 900
+
+
+def test_tokens_that_the_model_does_not_have(model: Path, tmp_path: Path, capsys: Any) -> None:
+    """On a GPU an index out of range would end the process, and the run with it."""
+    import capture
+
+    source = Source.open(model)
+    for token in (2048, -1):
+        with pytest.raises(
+            InputError, match="and the model has 2048: give it the tokenizer that belongs to it"
+        ):
+            capture.embed(source, torch.full((1, 8), token), CPU, CPU, torch.float32)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        {"id": 5000, "content": " the ", "special": False, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+    )  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
+    assert MAIN["awq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 2
+    assert "the model has 2048: give it the tokenizer that belongs to it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_limited(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(InputError, match="larger than"):
+        read_limited(tmp_path / "a", 4)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="not a regular file"):
+            read_limited(path, 4)
+
+
+# --- what is told of this machine -----------------------------------------------------------------------------
+
+
+def test_without_places() -> None:
+    value = {"a": "/home/u/models/x", "b": ["/home/user2/x", "see /home/u/models/x", 3, None], "c": "/home/u"}
+    assert without_places(value, ("/home/u",)) == {
+        "a": "x",
+        "b": ["/home/user2/x", "see /home/u/models/x", 3, None],
+        "c": "u",
+    }
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_the_output_tells_nothing_of_the_machine(method: str, model: Path, tmp_path: Path) -> None:
+    """Neither a path nor a user's name, in any file: of the source, the target, the home or the data."""
+    home = tmp_path / "home-of-zyxwvut"
+    home.mkdir()
+    source = Path(shutil.copytree(model, home / "source-model"))
+    (home / "words.txt").write_text(EMBEDDED_CALIBRATION.read_text()[:60_000])
+    edit(source / "config.json", _name_or_path=str(source), text_source=str(home / "x"))
+    edit(
+        source / "tokenizer_config.json",
+        name_or_path=str(source),
+        special_tokens_map_file=f"{home}/cache/m.json",
+    )
+    edit(source / "trainer_state.json", best_model_checkpoint=str(source / "checkpoint-500"), note="é")
+    edit(source / "generation_config.json", max_length=20)
+    untouched = (source / "generation_config.json").read_bytes()
+    words = ["--model_path", str(source), "--output_path", str(home / "target"), *QUICK]
+    words += [
+        "--calib_data",
+        str(home / "words.txt"),
+        "--eval_data",
+        str(home / "words.txt"),
+        "--eval_samples",
+        "2",
+    ]
+    words = [w for i, w in enumerate(words) if w != "off" and words[i : i + 2] != ["--eval_data", "off"]]
+    script = Path(serve_check.__file__).parent / f"{method}_quantize.py"
+    environment = {"HOME": str(home), "USER": "zyxwvut", "LOGNAME": "zyxwvut", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), *words],
+        env={"PATH": os.environ["PATH"], **environment},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    files = [p for p in (home / "target").rglob("*") if p.is_file()]
+    assert len(files) >= 6
+    # Names of this machine and user, where they are not words that texts have.
+    own = [name for name in (os.uname().nodename, getpass.getuser()) if len(name) > 5]
+    hidden = [str(tmp_path), "zyxwvut", "source-model/", *own]
+    for file in files:
+        data = file.read_bytes()
+        assert not [word for word in hidden if word.encode() in data], file.name
+    assert (home / "target" / "generation_config.json").read_bytes() == untouched
+    state = json.loads((home / "target" / "trainer_state.json").read_text())
+    assert state == {"best_model_checkpoint": "checkpoint-500", "note": "é"}
+    assert json.loads((home / "target" / "config.json").read_text())["text_source"] == "x"
+
+
+def test_models_are_looked_for_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of that name wins, and a name that climbs is no hub id."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "org" / "tiny")
+    assert resolve_model("org/tiny", log=lambda line: None) == Path("org/tiny")
+    for name in ("../../etc", "org/../x", "a\0b", "org/tiny@../../x/..", "x" * 300, "a/" + "x" * 300):
+        with pytest.raises(InputError) as caught:
+            resolve_model(name, log=lambda line: pytest.fail("the hub was asked"))
+        assert "\n" not in str(caught.value)
+
+
+# --- calibration files ----------------------------------------------------------------------------------------
+
+
+def bomb(path: Path, start: bytes, unit: bytes, mebibytes: int) -> Path:
+    """A gzip file of `mebibytes` of a repeated unit, a thousandth of that on disk."""
+    with gzip.open(path, "wb", compresslevel=9) as file:
+        file.write(start)
+        block = unit * ((1 << 20) // len(unit))
+        for _ in range(mebibytes):
+            file.write(block)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "unit"),
+    [
+        ("a.txt.gz", b"", b"a"),
+        ("a.txt.gz", b"", b"a b\n"),
+        ("a.jsonl.gz", b'{"text": "', b"a"),
+        ("a.jsonl.gz", b"", b'{"text": ""}\n'),
+        ("a.jsonl.gz", b"", b"\n"),
+        ("a.json.gz", b'[{"text": "', b"a"),
+        ("a.json.gz", b"[", b"[" * 64),
+        ("a.csv.gz", b"text\n", b"a"),
+        ("a.csv.gz", b"text\n", b"a\n"),
+        ("a.csv.gz", b"", b"a,"),
+    ],
+)
+def test_text_that_grows_without_end_is_refused(
+    name: str,
+    start: bytes,
+    unit: bytes,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(corpus, "GROWTH_FREE", 1 << 20)
+    data = bomb(tmp_path / name, start, unit, 8)
+    assert data.stat().st_size < (8 << 20) / 200
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(data)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
+    assert name in line
+    assert "unpacks to more than 100 times its size" in line or "longer than 1 MiB" in line
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_is_stored_once_and_meant_often(tmp_path: Path) -> None:
+    """Five thousand times a text of a megabyte, in a file of some kilobytes: one is in memory at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    indices = pa.array([0] * 5000, pa.int32())
+    text = pa.DictionaryArray.from_arrays(indices, pa.array(["a b " * (1 << 18)]))
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    table = corpus.open_table(tmp_path / "a.parquet", seed=0)
+    assert sum(len(value) for value in table.read("text")) == 5000 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
+
+
+@pytest.mark.parametrize("key", ["_data_files", "dataset_dict"])
+@pytest.mark.parametrize("name", ["../other/data.arrow", "/tmp/data.arrow", "link.arrow", 3])
+def test_a_saved_dataset_cannot_name_what_is_elsewhere(key: str, name: Any, tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["some words"]})
+    with corpus.quiet():
+        data.save_to_disk(tmp_path / "other")
+        datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
+    with corpus.reading(tmp_path):
+        assert list(corpus.open_table(tmp_path / "saved", seed=0).read("text")) == ["some words"]
+    (arrow,) = (tmp_path / "other").glob("*.arrow")
+    (tmp_path / "saved" / "train" / "link.arrow").symlink_to(arrow)
+    if key == "dataset_dict":
+        edit(tmp_path / "saved" / "dataset_dict.json", splits=[name])
+    else:
+        edit(tmp_path / "saved" / "train" / "state.json", _data_files=[{"filename": name}])
+    with pytest.raises(InputError) as caught:
+        corpus.open_table(tmp_path / "saved", seed=0)
+    assert "save the dataset again" in str(caught.value) or "link.arrow" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet", "a.csv"])
+def test_pipes_and_devices_are_no_calibration_data(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / name)
+    assert MAIN["gptq"](["--calib_data", str(tmp_path / name), "--output_path", str(tmp_path / "out")]) == 2
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    assert MAIN["gptq"](["--calib_data", str(tmp_path / name), "--output_path", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("is no file" in line for line in lines)
+
+
+def test_ordinary_text_that_packs_well_is_read(model: Path, tmp_path: Path) -> None:
+    """Repetitive text shrinks to a twentieth or so: far from what a bomb does."""
+    data = tmp_path / "a.txt.gz"
+    with gzip.open(data, "wt") as file:
+        for _ in range(8):
+            file.write(EMBEDDED_CALIBRATION.read_text())
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(data)]) == 0
+
+
+def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
+    """pyarrow ends the process where it is asked for such a column's metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["some words", "more", None], "id": [1, 2, 3]}), path)
+    data = path.read_bytes()
+    script = (
+        "import sys; from pathlib import Path; import corpus; from errors import InputError\n"
+        "path, told = Path(sys.argv[1]), 0\n"
+        "data = path.read_bytes()\n"
+        "for at in range(len(data)):\n"
+        "    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])\n"
+        "    try:\n"
+        "        with corpus.reading(path): list(corpus.open_table(path, seed=0).documents('text'))\n"
+        "    except InputError: told += 1\n"
+        "print(told)"
+    )
+    folder = str(Path(serve_check.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(data) > int(done.stdout) > 50
+
+
+@pytest.mark.parametrize("where", ["shard", "tensor", "method", "directory"])
+def test_names_cannot_reach_the_terminal(
+    where: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name may hold control sequences and line ends; what is shown of it is one line of plain characters."""
+    odd = "\x1b]0;title\x07\x1b[31m\nx"
+    index = model / "model.safetensors.index.json"
+    if where == "shard":
+        index.write_text(json.dumps({"weight_map": {"a": odd}}))
+    elif where == "tensor":
+        index.write_text(json.dumps({"weight_map": {odd: "model.safetensors"}}))
+    elif where == "method":
+        edit(model / "config.json", quantization_config={"quant_method": odd})
+    else:
+        model = model.rename(tmp_path / odd)
+        (model / "config.json").unlink()
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 2
+    serve_check.main(["cpu", str(model)])
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == len(shown.splitlines()) <= 2
+    assert all(c.isprintable() for c in shown.replace("\n", ""))
