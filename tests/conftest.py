@@ -46,7 +46,7 @@ class Runs:
         return self._done[key]
 
     def _run(self, method: str, words: list[str]) -> Finished:
-        import pipeline
+        import blocks
         from solve import solve_block
 
         path = self.root / f"run-{len(self._done)}"
@@ -68,7 +68,7 @@ class Runs:
         }
         rest = [w for flag, value in defaults.items() if flag not in words for w in (flag, value)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "solve_block", spied)
+            patch.setattr(blocks, "solve_block", spied)
             assert MAIN[method]([*words, *rest]) == 0
         return Finished(path, method, weights)
 

@@ -621,14 +621,14 @@ def test_an_interrupted_run_of_this_program_is_not_thrown_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library(_copying(written))
-    import pipeline
+    import blocks
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
     words = [*QUICK, "--output_path", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_copy_outside", stop)
+        patch.setattr(blocks, "copy_outside", stop)
         assert gptq_quantize.main(words) == 130
     assert gptq_quantize.main(["--backend", "optimum", *words]) == 2
     assert "--backend" in capsys.readouterr().err.splitlines()[-1]

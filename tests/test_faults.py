@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import blocks
 import capture
 import corpus
 import moments
@@ -581,7 +582,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "grid search": (solve, "search_grid"),
     "compensate": (solve, "compensate"),
     "channel scales": (solve, "choose_scales"),
-    "folds": (pipeline, "exact_folds"),
+    "folds": (blocks, "exact_folds"),
     "packing": (packing, "pack"),
     "replay": (capture, "replay"),
     "block": (capture, "forward"),

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import awq_quantize
+import blocks
 import card
 import gptq_quantize
-import pipeline
 from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from conftest import MAIN, Finished, Runs
 from evaluate import Measured, measure
@@ -429,7 +429,7 @@ def test_interruption(
 
     words = [*QUICK, "--output_path", str(target), "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "solve_block", failing)
+        patch.setattr(blocks, "solve_block", failing)
         assert gptq_quantize.main([*words, *(() if keep else ("--no_resume",))]) == code
     assert contents(target) == before
     told = "; 2 of 4 blocks are kept, the same command goes on there" in said(capsys)

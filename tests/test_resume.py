@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import blocks
 import pipeline
 from config import EMBEDDED_CALIBRATION
 from conftest import MAIN
@@ -61,7 +62,7 @@ def interrupted(method: str, arguments: list[str], before: int) -> list[str]:
         return solve_block(block, name, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "solve_block", until)
+        patch.setattr(blocks, "solve_block", until)
         code = MAIN[method](arguments)
     assert code == (130 if before < BLOCKS else 0)
     return solved

@@ -1,0 +1,234 @@
+"""The only loop over blocks: from calibration tokens to everything of the checkpoint handed to its writer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import capture
+from calibration import Windows
+from checkpoint import CheckpointWriter
+from console import Blocks
+from contents import copy_outside, pass_through, write_linear
+from errors import WorkError
+from evaluate import QuantizedSource
+from folds import Fold, exact_folds, find_folds, unknown
+from follow import Follower
+from job import Run
+from moments import SecondMoment
+from resume import KeptStates
+from solve import BlockChanges, LayerReport, solve_block
+from source import Source
+
+
+def quantize_blocks(
+    run: Run, windows: Windows, writer: CheckpointWriter, kept: KeptStates, batch: capture.MicroBatch
+) -> None:
+    """Quantizes every block that the writer's journal does not list, one step each, and a last step for the rest.
+
+    `batch` is as large as the run began with. Errors: `InputError` for an architecture that is not supported,
+    `WorkError` for what fails.
+    """
+    source, device = run.source, run.device
+    done = len(writer.steps)
+    for step in writer.steps:
+        run.reports += [LayerReport(**report) for report in step["reports"]]
+    if done > len(source.blocks):
+        return
+    with run.console.blocks(len(source.blocks)) as progress:
+        if done < len(source.blocks):
+            with run.stage("embed"):
+                home = _home(run, windows.tokens)
+                states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
+                reference = capture.copied(states) if run.options.effort.follow else None
+        if done:
+            run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
+            if done < len(source.blocks):
+                progress.step("replay of what is done")
+                with run.stage("replay of what is done"):
+                    _catch_up(run, writer, kept, states, reference, calls, batch)
+            progress.skip(done)
+        for index in range(done, len(source.blocks)):
+            while True:
+                reported = len(run.reports)
+                try:
+                    kwargs = calls.kwargs[index]
+                    follower = _block(run, index, writer, states, reference, kwargs, batch, progress)
+                    break
+                except torch.cuda.OutOfMemoryError as error:
+                    told = str(error)
+                # Outside of the handler, which would keep what the failed attempt held.
+                source.release(source.modules[index])
+                writer.forget()
+                del run.reports[reported:]
+                streams = [states] if reference is None else [states, reference]
+                _relieve(run, source.blocks[index], streams, batch, told)
+            block = source.modules[index]
+            if index + 1 < len(source.blocks):
+                progress.step("replay")
+                with run.stage("replay"):
+                    kept.wait()
+                    capture.replay(block, source.blocks[index], states, kwargs, batch)
+                    if follower is not None:
+                        follower.advance(source.blocks[index])
+            del follower
+            source.release(block)
+            writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
+            if index + 1 < len(source.blocks):
+                kept.offer(states, index + 1)
+            progress.advance()
+    with run.stage("pass through"):
+        copy_outside(run, writer)
+    writer.commit({"reports": [], "windows": batch.windows})
+
+
+def _block(
+    run: Run,
+    index: int,
+    writer: CheckpointWriter,
+    states: capture.States,
+    reference: capture.States | None,
+    kwargs: dict[str, Any],
+    batch: capture.MicroBatch,
+    progress: Blocks,
+) -> Follower | None:
+    """Quantizes one block and hands everything of it to the writer; the states stay as they are.
+
+    reference: the source's own states, where they are followed; the result takes them on.
+    """
+    source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
+    progress.step("load")
+    with run.stage("load"):
+        source.load(block, name, run.device, run.compute)
+    groups = capture.distinct_inputs(block, states, kwargs)
+    _all_reached(source, index, groups)
+    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+    moments: list[Tensor | None] = [None] * len(groups)
+    if folds or reference is None:
+        progress.step("capture")
+        with run.stage("capture"):
+            moments = _moments(run, block, name, states, kwargs, groups, batch)
+    follower = None if reference is None else Follower(block, reference, states, kwargs, batch)
+    changes = BlockChanges()
+    with run.stage("solve and write"):
+        for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
+            progress.step(f"solved {solved.path}")
+            with run.stage("of which write"):
+                write_linear(run, writer, name, solved)
+    with run.stage("pass through"):
+        pass_through(run, writer, block, index, changes)
+    return follower
+
+
+def _relieve(
+    run: Run, name: str, streams: list[capture.States], batch: capture.MicroBatch, told: str
+) -> None:
+    """After memory ran out in a block: gives up what can be done without, for another attempt.
+
+    Errors: `WorkError` where nothing is left, saying how much would have been needed; `told`: PyTorch's words.
+    """
+    moved = sum(states.to_host() for states in streams) > 0
+    if moved or batch.halve():
+        torch.cuda.empty_cache()
+        how = "the states in host memory" if moved else f"{batch.windows} windows at a time"
+        run.console.warn(f"{name}: out of memory on {run.device}, tried again with {how}")
+        return
+    match = re.search(r"allocate ([\d.]+) ([KMG])iB", told)
+    more = f" ({match[1]} {match[2]}iB more were asked for)" if match else ""
+    raise WorkError(
+        f"out of memory on {run.device} in {name}{more}, with one window at a time and the states in host memory: "
+        "free the GPU, raise --max_memory, lower --calib_seq_len, or take --device cpu"
+    )
+
+
+def _catch_up(
+    run: Run,
+    writer: CheckpointWriter,
+    kept: KeptStates,
+    states: capture.States,
+    reference: capture.States | None,
+    calls: capture.Calls,
+    batch: capture.MicroBatch,
+) -> None:
+    """Brings the states to where the first block that is not done takes them, through those in the files; and the
+    source's own, where they are followed, through the source's blocks.
+
+    In the same micro-batches as then: their size can change the last bits of a product.
+    """
+    done = len(writer.steps)
+    if reference is not None:
+        for index in range(done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], run.source.modules[index]
+            run.source.load(block, name, run.device, run.compute)
+            capture.replay(block, name, reference, calls.kwargs[index], batch)
+            run.source.release(block)
+    start = kept.restore(states, done)
+    if start < done:
+        quantized = QuantizedSource(run.source, writer.directory)
+        for index in range(start, done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], quantized.modules[index]
+            quantized.load(block, name, run.device, run.compute)
+            capture.replay(block, name, states, calls.kwargs[index], batch)
+            quantized.release(block)
+    batch.windows = writer.steps[-1]["windows"]
+
+
+def _home(run: Run, tokens: Tensor) -> torch.device:
+    """Where the states live: on the device if they take at most a third of what is free, else in host memory."""
+    if run.device.type == "cpu":
+        return run.device
+    width = run.source.skeleton.get_input_embeddings().weight.shape[1]
+    needed = tokens.numel() * width * run.compute.itemsize * (2 if run.options.effort.follow else 1)
+    free = capture.free_memory(run.device, run.config.max_memory)
+    return run.device if needed < free / 3 else torch.device("cpu")
+
+
+def _all_reached(source: Source, index: int, groups: list[list[str]]) -> None:
+    reached = {path for group in groups for path in group}
+    missed = [linear.name for linear in source.linears(index) if linear.path not in reached]
+    if missed:
+        raise WorkError(f"{missed[0]} is never used in the forward pass: this architecture is not supported")
+
+
+def _folds(run: Run, index: int, states: capture.States, kwargs: dict[str, Any]) -> list[Fold]:
+    """The folds of block `index` that hold for what it computes. Errors: `InputError` where the first has none."""
+    block = run.source.modules[index]
+    named = find_folds(block, run.source.config)
+    folds = exact_folds(block, named, states.get(0, 1), lambda hidden: capture.forward(block, hidden, kwargs))
+    if index == 0 and not folds:
+        raise unknown(block)
+    if index == 0 and len(folds) < len(named):
+        without = ", ".join(t for fold in named if fold not in folds for t in fold.targets)
+        run.console.warn(f"{type(block).__name__}: no channel scales fit {without}; rounded without them")
+    return folds
+
+
+def _moments(
+    run: Run,
+    block: torch.nn.Module,
+    name: str,
+    states: capture.States,
+    kwargs: dict[str, Any],
+    groups: list[list[str]],
+    batch: capture.MicroBatch,
+) -> list[Tensor | None]:
+    sums: list[SecondMoment] = []
+    for paths in groups:
+        linear = block.get_submodule(paths[0])
+        assert isinstance(linear, torch.nn.Linear)
+        sums.append(SecondMoment(linear.in_features, run.device))
+    capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
+    found: list[Tensor | None] = []
+    for paths, total in zip(groups, sums, strict=True):
+        if total.finite():
+            found.append(total.finish())
+        else:
+            run.console.warn(f"{name}.{paths[0]}: its inputs overflow; rounded to nearest")
+            found.append(None)
+    return found
