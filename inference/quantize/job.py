@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import resource
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -25,7 +23,7 @@ from folds import find_folds
 from hub import resolve_model
 from publish import check_target
 from solve import EFFORTS, LayerReport, SolveOptions
-from source import Source, convert_pickles
+from source import Scratch, Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
 
@@ -41,7 +39,7 @@ class Run:
     compute: torch.dtype
     store: torch.dtype
     options: SolveOptions
-    scratch: tempfile.TemporaryDirectory[str] | None  # a converted copy of pickled weights
+    scratch: Scratch | None  # a converted copy of pickled weights
     stages: dict[str, float] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     library: backend.Session | None = None  # None: this program does the work
@@ -98,8 +96,8 @@ def prepare(config: QuantizeConfig, console: Console) -> Run:
         )
     scratch = None
     if config.allow_pickle and not any(directory.glob("*.safetensors")):
-        scratch = tempfile.TemporaryDirectory(prefix="llm-quantize-")
-        directory = convert_pickles(directory, Path(scratch.name))
+        scratch = Scratch()
+        directory = convert_pickles(directory, scratch.path)
     source = Source.open(directory, trust_remote_code=config.trust_remote_code)
     layout = config.file_layout
     parameters = 0

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,14 @@ def shard_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path.name} is damaged ({one_line(error)}): download the model again") from None
+
+
+class Scratch:
+    """A temporary directory, `path`, which is removed with this object or at the end of the process."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="llm-quantize-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def convert_pickles(directory: Path, into: Path) -> Path:
@@ -235,7 +245,7 @@ class Source:
         self.list_name, self.modules = _find_blocks(skeleton, config)
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
         self._handles: dict[Path, Any] = {}
-        self._cleaned: tempfile.TemporaryDirectory[str] | None = None
+        self._cleaned: Scratch | None = None
         self._prefix = self._name_shift()
         self.dtype = self.read(self.stored_name(f"{self.linears(0)[0].name}.weight")).dtype
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -471,8 +481,8 @@ class Source:
         except (OSError, ValueError, RecursionError, InputError):
             return path  # no JSON after all, or none that anybody reads
         if self._cleaned is None:
-            self._cleaned = tempfile.TemporaryDirectory(prefix="llm-quantize-")
-        copy = Path(self._cleaned.name) / path.name
+            self._cleaned = Scratch()
+        copy = self._cleaned.path / path.name
         copy.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return copy
 
@@ -510,6 +520,7 @@ def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 __all__ = [
     "HEAD_NAMES",
     "Linear",
+    "Scratch",
     "Source",
     "convert_pickles",
     "examine_config",
