@@ -27,7 +27,7 @@ from torch import Tensor
 from console import Blocks, Console
 from errors import InputError, WorkError, one_line
 from libraries import Library
-from source import Source, read_json
+from source import Source, read_json, with_old_rope_keys
 
 SCRIPTS = Path(__file__).resolve().parent / "backends"
 COMMAND = ("uv", "run", "--script")
@@ -295,22 +295,9 @@ def older_config(config: dict[str, Any], title: str) -> dict[str, Any]:
     It would ignore `rope_parameters` and take its default base in silence. Errors: `InputError`, in the name of
     `title`, for parameters that have no old form.
     """
-    parameters = config.get("rope_parameters")
-    if not isinstance(parameters, dict):
-        return dict(config)
-    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    share = rest.pop("partial_rotary_factor", None)
-    scaled = rest.get("rope_type", "default") != "default"
-    if any(isinstance(value, dict) for value in rest.values()) or (scaled and share is not None):
+    result = with_old_rope_keys(config)
+    if config.get("rope_parameters") and not {"rope_theta", "rotary_emb_base"} & result.keys():
         raise InputError(
             f"{title} cannot read this model's rotary embeddings (rope_parameters): take --backend native"
         )
-    neox = config.get("model_type") == "gpt_neox"
-    old: dict[str, Any] = {}
-    if "rope_theta" in parameters:
-        old["rotary_emb_base" if neox else "rope_theta"] = parameters["rope_theta"]
-    if share is not None:
-        old["rotary_pct" if neox else "partial_rotary_factor"] = share
-    if scaled:
-        old["rope_scaling"] = rest
-    return {**old, **config}
+    return result
