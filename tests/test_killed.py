@@ -133,7 +133,7 @@ def test_killed_at_a_call(method: str, kill: Kill, model: Path, whole: Any, old:
         assert {p.name for p in old.parent.iterdir()} == {"out", "saved"}, (number, calls[number])
         shutil.rmtree(old)
         shutil.copytree(saved, old)
-    assert resumed > 2
+    assert resumed > 0
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

@@ -14,9 +14,9 @@ import torch
 
 from conftest import MAIN
 
-# Measured on one core each of two machines, as LLM_QUANTIZE_SPEED=1 prints it.
-MEASURED = {"awq": 1.0, "gptq": 1.0}
-SLACK = 1.6
+# What the test prints, on one core; it moves by a tenth or two with what else runs.
+MEASURED = {"awq": 2.2, "gptq": 1.25}
+SLACK = 1.5
 
 
 def work() -> float:
@@ -25,8 +25,9 @@ def work() -> float:
     a = torch.randn(768, 768, generator=generator)
     b = torch.randn(256, 256, 32, generator=generator)
     start = time.process_time()
-    for _ in range(6):
-        a = (a @ a).div_(a.norm())
+    for _ in range(180):
+        a = a @ a
+        a /= a.norm()  # of one size for ever: numbers close to nothing would take many times as long
         b = torch.round(b * 3.7).clamp_(-8, 7).mul_(0.31).add_(0.01)
         b.sub_(b.sum(dim=2, keepdim=True), alpha=1e-3)
     return time.process_time() - start
