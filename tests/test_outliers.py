@@ -77,7 +77,7 @@ def test_channels_stand_out(model: Path, windows: torch.Tensor) -> None:
 def test_methods_cope(
     method: str, most: float, model: Path, windows: torch.Tensor, runs: Runs, tmp_path: Path
 ) -> None:
-    """`most`: times the divergence of the plain model; measured 2.7 and 1.35, and 14 for rounding to nearest."""
+    """`most`: times the divergence of the plain model; measured 2.7 and 1.35."""
     text = ("--calib_data", str(EMBEDDED_CALIBRATION), "--calib_samples", "64")
     found = []
     for path in (EMBEDDED_MODEL, model):
