@@ -60,8 +60,6 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     started = time.perf_counter()
     with Staging(config.target, overwrite=config.may_replace) as staging, ExitStack() as stack:
         run = prepare(config, console)
-        if run.scratch is not None:
-            stack.callback(run.scratch.cleanup)  # after the library's session, which reads it
         if config.backend != libraries.NATIVE:
             library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
             run.library = stack.enter_context(library)
@@ -82,7 +80,7 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
             measured = _measure(run, staging, heldout)
             _describe(run, staging, windows, heldout, measured)
             staging.publish()
-        rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
+    rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
     return Result(
         config.target,
