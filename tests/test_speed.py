@@ -15,8 +15,8 @@ import torch
 from conftest import MAIN
 
 # What the test prints, on one core; it moves by a tenth or two with what else runs.
-MEASURED = {"awq": 2.2, "gptq": 1.25}
-SLACK = 1.5
+MEASURED = {"awq": 2.2, "gptq": 1.3}
+SLACK = 1.65
 
 
 def work() -> float:
