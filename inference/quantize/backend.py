@@ -24,46 +24,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from backends.child import Job as Job  # pipeline.py and the tests take it from here
 from console import Blocks, Console
 from errors import InputError, WorkError, one_line
 from libraries import Library
-from source import Source, read_json, with_old_rope_keys
+from source import WEIGHT_SUFFIXES, Source, read_json, with_old_rope_keys
 
 SCRIPTS = Path(__file__).resolve().parent / "backends"
 COMMAND = ("uv", "run", "--script")
 _LONG = 300  # characters of an error that are shown
 _PATIENCE = 10.0  # seconds that a process has to end in
-HIDDEN = {
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-}  # of weights that are not read here
 # What a user's shell may hold that would reach into the other environment.
 _DROPPED = re.compile(r"PYTHON.*|VIRTUAL_ENV|CONDA_.*|UV_PROJECT.*|UV_PYTHON")
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a library is asked for; the fields of `child.Job`."""
-
-    model: str
-    output: str
-    windows: str
-    method: str
-    bits: int
-    group_size: int
-    symmetric: bool
-    act_order: str
-    damping: float
-    dtype: str
-    blocks: int
-    device: str
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +172,7 @@ class Session:
         view = Path(self._scratch.name) / "model"
         view.mkdir()
         for path in source.directory.iterdir():
-            hidden = path.suffix in HIDDEN or path.name == "adapter_config.json"
+            hidden = path.suffix in WEIGHT_SUFFIXES - {".safetensors"} or path.name == "adapter_config.json"
             if path.is_file() and not hidden and (trust or path.suffix != ".py"):
                 (view / path.name).symlink_to(path.resolve())
         for name in ("config.json", "tokenizer_config.json"):

@@ -208,11 +208,27 @@ def exact_folds(
 
 
 def _apply_in_place(block: nn.Module, fold: Fold) -> None:
+    first = block.get_submodule(fold.targets[0])
+    assert isinstance(first, nn.Linear)
+    scale = torch.exp2((torch.arange(sources(block, fold), device=first.weight.device) % 4).float())
+    scale_block(block, fold, scale, first.weight.dtype)
+
+
+def sources(block: nn.Module, fold: Fold) -> int:
+    """How many scales a fold has: the outputs of a source that is linear, the channels of a norm."""
     source, first = block.get_submodule(fold.source), block.get_submodule(fold.targets[0])
     assert isinstance(first, nn.Linear)
-    count = source.out_features if isinstance(source, nn.Linear) else first.in_features
-    scale = torch.exp2((torch.arange(count, device=first.weight.device) % 4).float())
-    folded = apply_fold(block, fold, scale, first.weight.dtype)
+    return source.out_features if isinstance(source, nn.Linear) else first.in_features
+
+
+@torch.no_grad()
+def scale_block(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> None:
+    """Applies a fold to the whole block in place, which goes on computing what it did: source and targets.
+
+    scale: float32 (sources); dtype: as for `apply_fold`.
+    """
+    folded = apply_fold(block, fold, scale, dtype)
+    source = block.get_submodule(fold.source)
     if isinstance(source, nn.Linear) and folded.rows is not None:
         source.weight.div_(folded.rows[:, None])
     for path in fold.targets:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_search import ChannelScales, choose_scales, scale_
-from folds import Fold, apply_fold
+from folds import Fold, apply_fold, sources
 from follow import Drift, Follower
 from gptq_solver import Factor, NotFactorizable, aim, compensate, descend, factorize, output_error
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, round_to_nearest, search_grid
@@ -214,12 +214,9 @@ def _choose(
     block: nn.Module, fold: Fold, weights: list[Tensor], problem: _Problem, options: SolveOptions
 ) -> ChannelScales:
     assert problem.factor is not None
-    width = weights[0].shape[1]
-    source = block.get_submodule(fold.source)
-    size = source.out_features if isinstance(source, nn.Linear) else width
-    rows = fold.rows.to(weights[0].device)
+    rows, spec = fold.rows.to(weights[0].device), options.spec(weights[0].shape[1])
     return choose_scales(
-        torch.cat(weights), problem.H, problem.factor, rows, size, options.spec(width), AWQ_EFFORT
+        torch.cat(weights), problem.H, problem.factor, rows, sources(block, fold), spec, AWQ_EFFORT
     )
 
 

@@ -38,8 +38,8 @@ _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_e
 _OTHER_HEADS = re.compile(
     r"For(MaskedLM|PreTraining|NextSentencePrediction|MultipleChoice|QuestionAnswering|\w*Classification)$"
 )
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
-_WEIGHT_SUFFIXES |= {".pkl", ".pickle", ".npy", ".npz"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+WEIGHT_SUFFIXES |= {".pkl", ".pickle", ".npy", ".npz"}
 _MAX_JSON = 64 << 20
 _LEAST_ELEMENTS = 1 << 26  # that a config may always ask for: 256 MB in float32
 _OWN_CONFIG = "take the config.json that came with the weights"
@@ -159,7 +159,7 @@ def convert_pickles(directory: Path, into: Path) -> Path:
         weight_map.update(dict.fromkeys(tensors, name))
     (into / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for path in directory.iterdir():
-        if path.is_file() and not path.is_symlink() and path.suffix not in _WEIGHT_SUFFIXES:
+        if path.is_file() and not path.is_symlink() and path.suffix not in WEIGHT_SUFFIXES:
             (into / path.name).write_bytes(path.read_bytes())
     return into
 
@@ -460,7 +460,7 @@ class Source:
         found = []
         for path in sorted(self.directory.iterdir()):
             if (
-                path.suffix in _WEIGHT_SUFFIXES
+                path.suffix in WEIGHT_SUFFIXES
                 or path.name.endswith(".index.json")
                 or path.name.startswith(".")
             ):
@@ -519,6 +519,7 @@ def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 __all__ = [
     "HEAD_NAMES",
+    "WEIGHT_SUFFIXES",
     "Linear",
     "Scratch",
     "Source",

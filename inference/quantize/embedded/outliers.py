@@ -22,24 +22,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from folds import Fold, apply_fold, find_folds
+from folds import Fold, find_folds, scale_block, sources
 from source import Source
 
 
-@torch.no_grad()
 def grow(block: nn.Module, fold: Fold, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:
     """Multiplies rows `chosen` of the fold's source by `factor` and divides the weights that read them by it."""
-    source, first = block.get_submodule(fold.source), block.get_submodule(fold.targets[0])
-    assert isinstance(first, nn.Linear)
-    scale = torch.ones(source.out_features if isinstance(source, nn.Linear) else first.in_features)
+    scale = torch.ones(sources(block, fold))
     scale[chosen] = 1 / factor
-    folded = apply_fold(block, fold, scale, dtype)
-    if isinstance(source, nn.Linear) and folded.rows is not None:
-        source.weight.div_(folded.rows[:, None])
-    for path in fold.targets:
-        target = block.get_submodule(path)
-        assert isinstance(target, nn.Linear)
-        target.weight.mul_(folded.channels)
+    scale_block(block, fold, scale, dtype)
 
 
 def write_with_outliers(
