@@ -6,6 +6,7 @@ Triton is imported: one test here starts this file again in a process of its own
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
@@ -118,7 +119,8 @@ def test_compensation_against_float64(levels: int) -> None:
         for later in range(j + 1, columns):
             W[later] -= R[j, later].double() * e
     q = torch.empty(columns, out, dtype=torch.uint8)
-    errors = kernels.compensate_columns(work, scale, zero, group, R, levels, q)
+    errors = torch.empty(columns, out)
+    kernels.compensate_columns(work, scale, zero, group, R, levels, q, errors)
     assert torch.equal(q, expected)
     torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -138,8 +140,9 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     scale, zero, group = on_device(*grids(columns, out, 5, levels))
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    errors = kernels._compensate_columns_triton(work, scale, zero, group, R, levels, q)
-    errors_twin = kernels._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin)
+    errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
+    kernels._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
+    kernels._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -147,42 +150,92 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     torch.testing.assert_close(errors[:, same], errors_twin[:, same], atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("columns", "out", "levels"), [(128, 40, 15), (32, 33, 255), (5, 3, 3)])
+class Piece:
+    """Columns of one group in the middle of a descent, on `device`; `missing` of the gradient is held apart."""
+
+    def __init__(
+        self, columns: int, out: int, levels: int, *, missing: bool = True, dtype: torch.dtype
+    ) -> None:
+        scale, zero, _ = grids(columns, out, 1, levels)
+        self.levels = levels
+        self.W = weights(columns, out).to(dtype)
+        self.H = second_moment(columns).to(dtype)
+        self.scale, self.zero = kernels.representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
+        self.q = ((self.W / self.scale).round() + self.zero).clamp(0, levels).to(torch.uint8)
+        self.gradient = self.H @ (self.W - self.value)
+        self.missing = 0.1 * torch.randn_like(self.gradient) if missing else None
+        if self.missing is not None:
+            self.gradient += self.missing
+        self.delta = torch.full_like(self.gradient, float("nan"))
+
+    @property
+    def value(self) -> Tensor:
+        return (self.q.to(self.W.dtype) - self.zero) * self.scale
+
+    def form(self) -> Tensor:
+        error = (self.W - self.value).double()
+        return (error * (self.H.double() @ error)).sum(dim=0)
+
+    def descend(self, run: Callable[..., None], refit: tuple[torch.dtype, ...] | None) -> None:
+        args = (self.gradient, self.missing, self.scale, self.zero, self.H, self.levels, self.q, self.delta)
+        run(*args, refit)
+
+    def to(self, device: str) -> Piece:
+        moved = copy.copy(self)
+        for name, held in vars(self).items():
+            setattr(moved, name, held.to(device).clone() if isinstance(held, Tensor) else held)
+        return moved
+
+
+@pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
+@pytest.mark.parametrize(
+    ("columns", "out", "levels", "missing"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
+)
 @_kernel_test
-def test_descend_kernel(columns: int, out: int, levels: int) -> None:
-    H = second_moment(columns).float()
-    scale, zero, _ = grids(columns, out, 1, levels)
-    W = weights(columns, out)
-    q = ((W / scale[0]).round() + zero[0]).clamp(0, levels)
-    value = (q - zero[0]) * scale[0]
-    state = on_device(H @ (W - value), value, q.to(torch.uint8))
-    H, s, z, W = on_device(H, scale[0], zero[0], W)
-    twin = tuple(t.clone() for t in state)
-    kernels._descend_columns_triton(state[0], state[1], s, z, H, levels, state[2])
-    kernels._descend_columns_torch(twin[0], twin[1], s, z, H, levels, twin[2])
-    same = (state[2] == twin[2]).all(dim=0)
+def test_descend_kernel(
+    columns: int, out: int, levels: int, missing: bool, refit: tuple[torch.dtype, ...] | None
+) -> None:
+    ours = Piece(columns, out, levels, missing=missing, dtype=torch.float32).to(DEVICE)
+    twin, start = ours.to(DEVICE), ours.to(DEVICE)
+    ours.descend(kernels._descend_columns_triton, refit)
+    twin.descend(kernels._descend_columns_torch, refit)
+    same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
-    torch.testing.assert_close(state[1][:, same], twin[1][:, same], atol=0, rtol=0)
-    torch.testing.assert_close(state[0], H @ (W - state[1]), atol=1e-5, rtol=1e-4)  # still the gradient
+    torch.testing.assert_close(ours.delta[:, same], twin.delta[:, same], atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(ours.delta, ours.value - start.value, atol=1e-6, rtol=1e-5)
+    assert torch.equal(ours.gradient, start.gradient)
+    if missing:
+        assert not torch.equal(ours.q, start.q)
+    if refit is None:
+        assert torch.equal(ours.scale, start.scale)
+    else:
+        assert torch.equal(ours.scale, kernels.representable(ours.scale, refit))
+        assert bool((ours.scale != start.scale).any())
 
 
-def test_descent_never_adds_error() -> None:
-    columns, out, levels = 64, 20, 15
-    H, W = second_moment(columns), weights(columns, out).double()
-    scale, zero, _ = grids(columns, out, 1, levels)
-    s, z = scale[0].double(), zero[0].double()
-    q = ((W / s).round() + z).clamp(0, levels)
-    value = (q - z) * s
-
-    def form() -> Tensor:
-        error = W - value
-        return (error * (H @ error)).sum(dim=0)
-
-    before, integers = form(), q.to(torch.uint8)
-    kernels.descend_columns(H @ (W - value), value, s, z, H, levels, integers)
-    assert bool((form() <= before * (1 + 1e-12)).all())
-    assert float(form().sum()) < 0.9 * float(before.sum())
-    assert torch.equal(value, (integers.double() - z) * s)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
+def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device: str) -> None:
+    """Row by row, in float64; with the kernel where there is a GPU, in float32."""
+    if device == "cuda" and DEVICE == "cpu":
+        if not INTERPRETED:
+            pytest.skip("needs a CUDA device (or Triton's interpreter)")
+        run: Callable[..., None] = kernels._descend_columns_triton
+    else:
+        run = kernels.descend_columns
+    fast = device == "cuda"
+    piece = Piece(64, 20, 15, missing=False, dtype=torch.float32 if fast else torch.float64)
+    if device == DEVICE:
+        piece = piece.to(device)
+    before = piece.form()
+    if refit is not None:
+        # Some grids are too wide, which a refit may cure.
+        piece.scale[::4] = kernels.representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
+        piece.gradient = piece.H @ (piece.W - piece.value)
+        before = piece.form()
+    piece.descend(run, refit)
+    assert bool((piece.form() <= before * (1 + (1e-5 if fast else 1e-12))).all())
+    assert float(piece.form().sum()) < 0.9 * float(before.sum())
 
 
 @pytest.mark.parametrize("step", [1.0, -0.25, 2.0**-14])
@@ -194,7 +247,7 @@ def test_ties_go_to_even(step: float) -> None:
     q = torch.empty(1, 17, dtype=torch.uint8, device=DEVICE)
     one = torch.ones(1, 17, device=DEVICE)
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    kernels._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q)
+    kernels._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
     assert q[0].tolist() == (torch.round(halves) + 100).tolist()
 
 
@@ -222,7 +275,7 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
         zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
     )  # fmt: skip
     twin = grid._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
-    assert torch.equal(scale, grid.representable(scale, dtypes))
+    assert torch.equal(scale, kernels.representable(scale, dtypes))
     assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
     assert float(same.float().mean()) > 0.9
@@ -284,7 +337,7 @@ def test_fallback_where_triton_cannot_run() -> None:
     if DEVICE == "cpu":
         assert not kernels.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
     with pytest.raises(ValueError, match="contiguous"):
-        kernels._rows(W.T)
+        kernels._contiguous_rows(W.T)
 
 
 def test_tensor_cores_are_put_back() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from grid import Grid, GridSpec, representable
+from grid import Grid, GridSpec, dequantize
 
 OUTLIER = 10.0  # times the median of the diagonal
 COLUMNS = 128  # columns of one step of the blocked recursion
@@ -134,19 +134,16 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     work = W.T[order].contiguous()  # (in, out): a column of W is a contiguous row
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
+    errors = torch.empty(COLUMNS, out, device=W.device)
     for start in range(0, width, COLUMNS):
         stop = min(start + COLUMNS, width)
-        errors = kernels.compensate_columns(
-            work[start:stop],
-            scale,
-            zero,
-            group[start:stop],
-            R[start:stop, start:stop],
-            spec.levels,
-            q[start:stop],
+        part = slice(start, stop)
+        found = errors[: stop - start]
+        kernels.compensate_columns(
+            work[part], scale, zero, group[part], R[part, part], spec.levels, q[part], found
         )
         if stop < width:
-            work[stop:].addmm_(R[start:stop, stop:].T, errors, alpha=-1.0)
+            work[stop:].addmm_(R[part, stop:].T, found, alpha=-1.0)
     result = torch.empty_like(q)
     result[order] = q
     return result.T.contiguous()
@@ -163,49 +160,26 @@ def descend(
     """
     width = W.shape[1]
     size = spec.group_size
+    gradient = H @ (W - dequantize(q, grid, size)).T  # (in, out)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
-    work = W.T.contiguous()
     integers = q.T.contiguous()
-    value = (integers.to(torch.float32) - zero.repeat_interleave(size, 0)) * scale.repeat_interleave(size, 0)
-    gradient = H @ (work - value)  # (in, out)
     # A piece never crosses a group's border: its columns share one scale.
     pieces = [
-        (start, min(start + COLUMNS, first + size))
+        slice(start, min(start + COLUMNS, first + size))
         for first in range(0, width, size)
         for start in range(first, first + size, COLUMNS)
     ]
+    dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
+    changes = torch.empty(COLUMNS, W.shape[0], device=W.device)
     for _ in range(sweeps):
-        for start, stop in pieces:
-            index = start // size
-            block = H[start:stop, start:stop]
-            before = value[start:stop].clone()
-            if refit and size <= COLUMNS:
-                u = integers[start:stop].to(torch.float32) - zero[index]
-                Hu = block @ u
-                step = (u * gradient[start:stop]).sum(0) / (u * Hu).sum(0).clamp(min=1e-30)
-                fresh = representable(scale[index] + step, spec.scale_dtypes)
-                change = fresh - scale[index]
-                # A rounded step may overshoot: keep it only where the quadratic form falls.
-                gain = 2 * change * (u * gradient[start:stop]).sum(0) - change * change * (u * Hu).sum(0)
-                fresh = torch.where(gain > 0, fresh, scale[index])
-                scale[index] = fresh
-                value[start:stop] = u * fresh
-                gradient[start:stop] -= block @ (value[start:stop] - before)
+        for part in pieces:
+            index = part.start // size
+            delta = changes[: part.stop - part.start]
             kernels.descend_columns(
-                gradient[start:stop],
-                value[start:stop],
-                scale[index],
-                zero[index],
-                block,
-                spec.levels,
-                integers[start:stop],
-            )
-            delta = value[start:stop] - before
-            # The rows of this block were kept current by the steps above; the rest learn of the change now.
-            if start:
-                gradient[:start].addmm_(H[:start, start:stop], delta, alpha=-1.0)
-            if stop < width:
-                gradient[stop:].addmm_(H[stop:, start:stop], delta, alpha=-1.0)
+                gradient[part], None, scale[index], zero[index], H[part, part], spec.levels, integers[part],
+                delta, dtypes,
+            )  # fmt: skip
+            gradient.addmm_(H[:, part], delta, alpha=-1.0)
     return integers.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous())
 
 
