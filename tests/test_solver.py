@@ -194,6 +194,37 @@ def test_nan_has_no_factor(where: tuple[int, int]) -> None:
         factorize(H.clone(), 0.1, act_order=False)
 
 
+@pytest.mark.parametrize("span", [128, 256, 384])
+@pytest.mark.parametrize("group", [32, 160, 400])
+def test_spans_change_nothing_but_the_order_of_sums(
+    span: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many columns wait before the others are told: as with one span, which is the whole row."""
+    import gptq_solver
+
+    W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
+    spec = GridSpec(4, group, True)
+    grid = search_grid(W, metric_blocks(H, group), spec)
+    factor = factorize(H.clone(), 0.0, act_order=True)
+    results = []
+    for size in (4096, span):
+        monkeypatch.setattr(gptq_solver, "SPAN", size)
+        q = compensate(W, grid, spec, factor)
+        results.append((q, *descend(W, q, grid, spec, H, sweeps=3, refit=True)))
+    (q, fine, one), (q_span, fine_span, spanned) = results
+    assert float((q == q_span).all(1).float().mean()) > 0.7  # a row may part ways at a near tie
+    assert float((fine == fine_span).all(1).float().mean()) > 0.5
+    errors = [
+        output_error(W, dequantize(integers, chosen, group), H)
+        for integers, chosen in ((fine, one), (fine_span, spanned))
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=2e-3)
+    if span == 256:
+        pieces = [piece for part in gptq_solver._spans(800, group) for piece in part]
+        assert [c for piece in pieces for c in range(800)[piece]] == list(range(800))
+        assert all(part[-1].stop - part[0].start <= span for part in gptq_solver._spans(800, group))
+
+
 def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
     """The quadratic form of each row, float64."""
     E = (W - V).double()

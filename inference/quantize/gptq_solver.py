@@ -19,7 +19,8 @@ import kernels
 from grid import Grid, GridSpec, dequantize
 
 OUTLIER = 10.0  # times the median of the diagonal
-COLUMNS = 128  # columns of one step of the blocked recursion
+COLUMNS = 128  # columns of one piece of the blocked recursion
+SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
 STRIP = 1024  # rows of a large matrix that are moved at a time
 
 
@@ -134,16 +135,20 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     work = W.T[order].contiguous()  # (in, out): a column of W is a contiguous row
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
-    errors = torch.empty(COLUMNS, out, device=W.device)
-    for start in range(0, width, COLUMNS):
-        stop = min(start + COLUMNS, width)
-        part = slice(start, stop)
-        found = errors[: stop - start]
-        kernels.compensate_columns(
-            work[part], scale, zero, group[part], R[part, part], spec.levels, q[part], found
-        )
-        if stop < width:
-            work[stop:].addmm_(R[part, stop:].T, found, alpha=-1.0)
+    errors = torch.empty(min(SPAN, width), out, device=W.device)
+    for first in range(0, width, SPAN):
+        last = min(first + SPAN, width)
+        for start in range(first, last, COLUMNS):
+            part = slice(start, min(start + COLUMNS, last))
+            if start > first:
+                # What the span's earlier pieces left, all at once; the columns after the span wait for its end.
+                work[part].addmm_(R[first:start, part].T, errors[: start - first], alpha=-1.0)
+            kernels.compensate_columns(
+                work[part], scale, zero, group[part], R[part, part], spec.levels, q[part],
+                errors[start - first : part.stop - first],
+            )  # fmt: skip
+        if last < width:
+            work[last:].addmm_(R[first:last, last:].T, errors[: last - first], alpha=-1.0)
     result = torch.empty_like(q)
     result[order] = q
     return result.T.contiguous()
@@ -163,24 +168,44 @@ def descend(
     gradient = H @ (W - dequantize(q, grid, size)).T  # (in, out)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     integers = q.T.contiguous()
-    # A piece never crosses a group's border: its columns share one scale.
-    pieces = [
-        slice(start, min(start + COLUMNS, first + size))
-        for first in range(0, width, size)
-        for start in range(first, first + size, COLUMNS)
-    ]
     dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
-    changes = torch.empty(COLUMNS, W.shape[0], device=W.device)
-    for _ in range(sweeps):
-        for part in pieces:
-            index = part.start // size
-            delta = changes[: part.stop - part.start]
-            kernels.descend_columns(
-                gradient[part], None, scale[index], zero[index], H[part, part], spec.levels, integers[part],
-                delta, dtypes,
-            )  # fmt: skip
-            gradient.addmm_(H[:, part], delta, alpha=-1.0)
+    spans = _spans(width, size)
+    changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
+    missing = torch.empty(min(COLUMNS, size), W.shape[0], device=W.device)
+    for sweep in range(sweeps):
+        for span in spans:
+            first, last = span[0].start, span[-1].stop
+            for part in span:
+                start, stop, index = part.start, part.stop, part.start // size
+                late = None
+                if start > first:
+                    # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
+                    late = missing[: stop - start]
+                    torch.mm(H[part, first:start], changes[: start - first], out=late)
+                kernels.descend_columns(
+                    gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
+                    changes[start - first : stop - first], dtypes,
+                )  # fmt: skip
+            # In the last sweep no one asks any more about the columns that are done.
+            rest = slice(last if sweep == sweeps - 1 else 0, width)
+            if rest.start < width:
+                gradient[rest].addmm_(H[rest, first:last], changes[: last - first], alpha=-1.0)
     return integers.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous())
+
+
+def _spans(width: int, size: int) -> list[list[slice]]:
+    """All columns in pieces of at most `COLUMNS`, the pieces in spans of `SPAN` or a little less.
+
+    A piece never crosses a group's border: its columns share one scale.
+    """
+    spans: list[list[slice]] = []
+    for group in range(0, width, size):
+        for start in range(group, group + size, COLUMNS):
+            piece = slice(start, min(start + COLUMNS, group + size))
+            if not spans or piece.stop - spans[-1][0].start > SPAN:
+                spans.append([])
+            spans[-1].append(piece)
+    return spans
 
 
 def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
