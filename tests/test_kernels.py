@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dense
 import grid
 import kernels
 from grid import Grid, GridSpec, SearchEffort
@@ -90,17 +91,111 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 100, 512, 513, 1800])
-def test_lower_inverse(n: int) -> None:
-    L = torch.linalg.cholesky(second_moment(n))
-    inverse = L.clone()
-    kernels.lower_inverse_(inverse)
-    assert torch.equal(inverse, inverse.tril())
-    torch.testing.assert_close(inverse @ L, torch.eye(n, dtype=L.dtype), atol=1e-10, rtol=0)
-    single = L.float().to(DEVICE)
-    kernels.lower_inverse_(single)
-    single = single.cpu()
-    assert float((single.double() - inverse).norm() / inverse.norm()) < 1e-5
+@pytest.fixture(params=["plain", "three products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With plain products; or all split in three, on rounded inputs as tensor cores take them, small pieces each."""
+    kind: str = request.param
+    if kind != "plain":
+
+        def rounded(x: Tensor) -> Tensor:
+            bits = x.contiguous().view(torch.int32)
+            return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+        def emulated(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+            out.addmm_(rounded(a), rounded(b), alpha=alpha, beta=beta)
+
+        monkeypatch.setattr(dense, "_threefold", lambda a, b: a.dtype == torch.float32)
+        monkeypatch.setattr(dense, "_tf32_", emulated)
+        monkeypatch.setattr(dense, "DEPTH", 100)
+    monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(dense, "LEAF", 64)
+    return kind
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    return float((found.cpu().double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("n", [1, 64, 100, 129, 600])
+def test_cholesky_and_inverse(n: int, products: str) -> None:
+    H = second_moment(n)
+    truth = torch.linalg.cholesky(H)
+    exact, single = H.clone(), H.float().to(DEVICE)
+    for A, tolerance in ((exact, 1e-13), (single, 3e-6)):
+        A.add_(torch.full_like(A, 1e3).triu(1))  # the upper triangle is not read
+        assert not bool(dense.cholesky_(A))
+        assert torch.equal(A, A.tril())
+        assert off(A, truth) < tolerance
+    dense.lower_inverse_(exact)
+    torch.testing.assert_close(exact @ truth, torch.eye(n, dtype=H.dtype), atol=1e-10, rtol=0)
+    assert torch.equal(exact, exact.tril())
+    dense.lower_inverse_(single)
+    assert torch.equal(single, single.tril())
+    # No further off than a routine of the library in the same precision, but for a factor.
+    plain = torch.linalg.inv(torch.linalg.cholesky(H.float()))
+    assert off(single, exact) < 4 * off(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize("where", [3, 127, 128, 400, 599])
+def test_cholesky_tells_that_there_is_none(where: int, products: str) -> None:
+    for bad in (-1.0, float("nan")):
+        A = second_moment(600).float().to(DEVICE)
+        A[where, where] = bad
+        failed = dense.cholesky_(A)
+        assert bool(failed) or bool(A.diagonal().isnan().any())
+
+
+@pytest.mark.parametrize("products", ["three products"], indirect=True)
+@pytest.mark.parametrize(("m", "k", "n"), [(300, 250, 200), (1, 1000, 64)])
+def test_three_products_are_as_good_as_float32(m: int, k: int, n: int, products: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(*s, generator=generator) for s in ((m, k), (k, n), (m, n)))
+    truth = c.double() * 0.5 - 2 * (a.double() @ b.double())
+    out, once = c.clone(), c.clone()
+    dense.product_(out, a, b, alpha=-2.0, beta=0.5)
+    assert off(out, truth) < 3 * off(c * 0.5 - 2 * (a @ b), truth)
+    dense._tf32_(once, a, b, -2.0, 0.5)
+    assert off(once, truth) > 50 * off(out, truth)
+    turned = c.clone()
+    dense.product_(turned, a, b.T.contiguous().T, alpha=-2.0, beta=0.5)
+    torch.testing.assert_close(turned, out, atol=1e-4, rtol=1e-5)
+
+
+def test_split() -> None:
+    x = weights(37, 500) * torch.exp(8 * weights(37, 500, seed=5) / 0.05)
+    for given in (x, x[:, 3:90], x.T, x.T[100:200]):
+        high, low = kernels.split(given)
+        assert torch.equal(high + low, given)
+        assert int((high.contiguous().view(torch.int32) & 0x1FFF).count_nonzero()) == 0
+        assert bool((low.abs() <= given.abs() * 2.0**-11).all())
+        assert high.stride() == low.stride()
+
+
+@_kernel_test
+def test_split_kernel() -> None:
+    (x,) = on_device(weights(5, 2100))
+    given = x[:, 7:2090]
+    results = []
+    for run in (kernels._split_triton, kernels._split_torch):
+        high, low = (torch.empty(given.shape, device=DEVICE) for _ in range(2))
+        run(given, high, low)
+        results.append((high, low))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_factorization_on_the_gpu() -> None:
+    """Large enough for the tensor cores, where they are taken."""
+    n = 3000
+    H = second_moment(n)
+    X = H.float().to(DEVICE)
+    assert not bool(dense.cholesky_(X))
+    dense.lower_inverse_(X)
+    truth = torch.linalg.inv(torch.linalg.cholesky(H.to(DEVICE)))
+    plain = torch.linalg.inv(torch.linalg.cholesky(H.float().to(DEVICE)))
+    assert off(X, truth.cpu()) < 4 * off(plain, truth.cpu())
 
 
 @pytest.mark.parametrize("levels", [3, 15, 255])

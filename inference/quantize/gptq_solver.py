@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import dense
 import kernels
 from grid import Grid, GridSpec, dequantize
 
@@ -65,7 +66,7 @@ def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10
     """The factor of `H` (in, in), which is left damped, in place, by as much as it took.
 
     The damping is raised tenfold at a time where Cholesky fails; float64 is tried before that. Beside `H` and the
-    factor it needs a quarter of `H` more. Errors: `NotFactorizable`, with `H` as it was.
+    factor it needs a quarter of `H` more, of a small `H` as much again. Errors: `NotFactorizable`, with `H` as it was.
     """
     width = H.shape[0]
     order = activation_order(H) if act_order else torch.arange(width, device=H.device)
@@ -102,12 +103,12 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
     strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
     for a, b in strips:
         A[a:b] = H[reverse[a:b]][:, reverse]
-    info = torch.empty((), dtype=torch.int32, device=H.device)
-    torch.linalg.cholesky_ex(A, out=(A, info))
-    if int(info):
+    failed = dense.cholesky_(A)
+    if not A.is_cuda and bool(failed):
         return None
-    kernels.lower_inverse_(A)
-    if not bool(torch.isfinite(A.diagonal()).all()):
+    dense.lower_inverse_(A)
+    # On a GPU the only question that waits for an answer.
+    if bool(failed | ~torch.isfinite(A.diagonal()).all()):
         return None
     R = A.to(torch.float32)
     del A

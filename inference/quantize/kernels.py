@@ -23,7 +23,6 @@ except ImportError:  # no build for this platform
     triton = None
 
 GROUPS = (32, 64, 128)  # group sizes that the search kernel holds
-STRIPS = 8
 
 
 def on_triton(tensor: Tensor) -> bool:
@@ -56,42 +55,49 @@ def tensor_cores() -> Iterator[None]:
         setattr(settings, name, before)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The inverse of a triangle: matrix products alone.
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices whose sum is `x`, float32: TF32's ten bits of it, and the rest, of which TF32 loses little.
 
-
-def lower_inverse_(L: Tensor) -> None:
-    """Replaces a lower triangular matrix (n, n) by its inverse: two half-size inverses and two products, by halving.
-
-    Nearly all of the arithmetic is in matrix products. What lies above the diagonal must be zero, and stays it.
+    Laid out as `x` is, but without gaps.
     """
-    _invert(L, 0, L.shape[0])
+    if x.stride(1) != 1 and x.stride(0) == 1:
+        high, low = split(x.T)
+        return high.T, low.T
+    high, low = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    run = _split_triton if on_triton(x) and x.stride(1) == 1 else _split_torch
+    run(x, high, low)
+    return high, low
 
 
-def _invert(L: Tensor, start: int, stop: int) -> None:
-    if stop - start <= 512:
-        block = L[start:stop, start:stop]
-        eye = torch.eye(stop - start, dtype=L.dtype, device=L.device)
-        block.copy_(torch.linalg.solve_triangular(block, eye, upper=False))
-        return
-    middle = start + ((stop - start) // 2 + 127) // 128 * 128
-    _invert(L, start, middle)
-    _invert(L, middle, stop)
-    corner, first, second = (
-        L[middle:stop, start:middle],
-        L[start:middle, start:middle],
-        L[middle:stop, middle:stop],
+def _split_torch(x: Tensor, high: Tensor, low: Tensor) -> None:
+    bits = high.view(torch.int32)
+    torch.add(x.view(torch.int32), 0x1000, out=bits)
+    bits.bitwise_and_(-0x2000)
+    torch.sub(x, high, out=low)
+
+
+@_jit
+def _tf32(x):  # type: ignore[no-untyped-def]
+    """The nearest number that TF32 holds."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@_jit
+def _split_kernel(x, high, low, columns, x_stride, stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < columns
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    kept = _tf32(value)
+    tl.store(high + row * stride + column, kept, mask=inside)
+    tl.store(low + row * stride + column, value - kept, mask=inside)
+
+
+def _split_triton(x: Tensor, high: Tensor, low: Tensor) -> None:
+    rows, columns = x.shape
+    _split_kernel[(rows, triton.cdiv(columns, 1024))](
+        x, high, low, columns, x.stride(0), high.stride(0), N=1024, num_warps=4
     )
-    below = torch.empty_like(corner, memory_format=torch.contiguous_format)
-    # Strips skip most of the zeros of a triangular factor, for nearly half of the arithmetic.
-    step = max(256, -(-first.shape[0] // STRIPS))
-    for a in range(0, first.shape[0], step):
-        b = min(a + step, first.shape[0])
-        torch.mm(corner[:, a:], first[a:, a:b], out=below[:, a:b])
-    below.neg_()
-    for a in range(0, second.shape[0], step):
-        b = min(a + step, second.shape[0])
-        torch.mm(second[a:b, :b], below[:b], out=corner[a:b])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -127,7 +133,7 @@ def _part(tile, step, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr):  # typ
 @_jit
 def _add_product(total, a, whole):  # type: ignore[no-untyped-def]
     """`total + a @ whole`, for whole numbers of at most ten bits, which TF32 holds; `a` as the sum of two it holds."""
-    high = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    high = _tf32(a)
     total = tl.dot(a - high, whole, total, input_precision="tf32")
     return tl.dot(high, whole, total, input_precision="tf32")
 
