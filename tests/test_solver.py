@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from awq_search import candidate, choose_scales, scale_
+from awq_search import candidates, choose_scales, scale_
 from folds import Fold
 from gptq_solver import (
     Factor,
@@ -331,13 +331,31 @@ def test_output_error_is_that_of_outputs() -> None:
 def test_candidates() -> None:
     H = torch.diag(torch.tensor([1.0, 4.0, 9.0, 16.0]))
     rows = torch.tensor([0, 0, 2, 3])
-    assert candidate(H, rows, 5, 0.0).tolist() == [1.0] * 5
-    found = candidate(H, rows, 5, 1.0)
+    plain, found = candidates(H, rows, 5, (0.0, 1.0))
+    assert plain.tolist() == [1.0] * 5
     rms = torch.tensor([2.5**0.5, 1.0, 3.0, 4.0, 1.0])
     middle = (4.0 * 2.5**0.5) ** 0.5
     used = torch.tensor([True, False, True, True, False])
     torch.testing.assert_close(found[used], rms[used] / middle)
     assert found[~used].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [32, 1024])
+def test_channel_scales_of_every_group_size(size: int) -> None:
+    """One search for all candidates finds what one for each does, also where groups are judged by the diagonal."""
+    W, H = weights(20, 1024), condition(second_moment(1024, 2048), 0.05)
+    factor = factorize(H.clone(), 0.0, act_order=True)
+    spec, effort = GridSpec(4, size, True), SearchEffort(8, 1)
+    chosen = choose_scales(W, H, factor, torch.arange(1024), 1024, spec, effort)
+    index = chosen.losses.index(min(chosen.losses))
+    s = candidates(H, torch.arange(1024), 1024, (chosen.exponent,))[0]
+    torch.testing.assert_close(chosen.scale, s)
+    scaled, other = H.clone(), replace(factor, R=factor.R.clone())
+    scale_(scaled, other, s)
+    grid = search_grid(W * s, metric_blocks(scaled, size), spec, effort)
+    q = compensate(W * s, grid, spec, other)
+    again = float(quadratic(W * s, dequantize(q, grid, size), scaled).sum())
+    assert chosen.losses[index] == pytest.approx(again, rel=0.01)
 
 
 def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
@@ -348,7 +366,7 @@ def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
     assert chosen.losses[0] >= min(chosen.losses)
     for exponent, loss in zip((0.0, 0.3, 0.6), (chosen.losses[i] for i in (0, 3, 6)), strict=True):
-        s = candidate(H, torch.arange(64), 64, exponent)
+        (s,) = candidates(H, torch.arange(64), 64, (exponent,))
         scaled, other = H.clone(), replace(factor, R=factor.R.clone())
         scale_(scaled, other, s)
         grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)
