@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -425,6 +426,41 @@ def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
         q, found = gptq_solver.descend(w, q, found, spec, h, sweeps=1, refit=True)
         results.append(gptq_solver.output_error(w, grid.dequantize(q, found, 128), h))
     assert results[1] == pytest.approx(results[0], rel=0.01)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_the_solver_hardly_waits_for_the_gpu() -> None:
+    """One answer for a factorization, one for a choice of scales, one for an error; none in the rounding."""
+    import awq_search
+    import gptq_solver
+
+    W, H = weights(300, 1500).cuda(), second_moment(1500).float().cuda()
+    spec, rows = GridSpec(4, 60, True), torch.arange(1500, device="cuda")
+
+    def waits(work: Callable[[], object]) -> int:
+        work()  # compiles, and fills the caches
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(w.message) for w in caught)
+
+    def factorize() -> gptq_solver.Factor:
+        return gptq_solver.factorize(H.clone(), 0.1, act_order=True)
+
+    factor, plain = factorize(), grid.minmax_grid(W, spec)
+    q = gptq_solver.compensate(W, plain, spec, factor)
+    assert waits(factorize) <= 1
+    assert waits(lambda: gptq_solver.compensate(W, plain, spec, factor)) == 0
+    assert waits(lambda: gptq_solver.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
+    assert waits(lambda: gptq_solver.output_error(W, grid.dequantize(q, plain, 60), H)) <= 1
+    effort = SearchEffort(8, 1)
+    assert waits(lambda: awq_search.choose_scales(W, H, factor, rows, 1500, spec, effort)) <= 1
 
 
 def test_fallback_where_triton_cannot_run() -> None:

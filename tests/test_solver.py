@@ -118,6 +118,8 @@ def test_condition() -> None:
     assert condition(torch.zeros(3, 3), 0.1).diagonal().tolist() == pytest.approx([1.1] * 3)
     outlier = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1e6]))  # counts for ten times the median, which is 2
     assert condition(outlier, 0.5).diagonal().tolist() == pytest.approx([4.25, 5.25, 6.25, 1e6 + 3.25])
+    nan = torch.diag(torch.tensor([1.0, float("nan"), 3.0]))
+    assert bool(condition(nan, 0.5).diagonal().isnan().any())  # not taken for a dead channel
     assert activation_order(torch.diag(torch.tensor([1.0, 5.0, 1.0, 5.0]))).tolist() == [1, 3, 0, 2]
 
 

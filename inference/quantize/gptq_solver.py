@@ -46,13 +46,13 @@ def condition_(H: Tensor, damping: float) -> None:
 
     A *dead* channel (zero on the diagonal) carried no signal: any weight would do, and a one on the diagonal makes
     it round to nearest. An *outlier*, a channel far over the median, counts for `OUTLIER` medians in the mean: a few
-    of them would otherwise damp away all that is known of the others.
+    of them would otherwise damp away all that is known of the others. The device is not waited for.
     """
     diagonal = H.diagonal()
-    live = diagonal[diagonal > 0]
-    floor = torch.ones((), dtype=H.dtype, device=H.device)
-    if len(live):
-        floor = torch.minimum(diagonal, OUTLIER * live.median()).mean()
+    live = diagonal > 0
+    middle = (live.sum(0, keepdim=True) - 1).clamp(min=0) // 2
+    median = torch.where(live, diagonal, torch.inf).sort().values.index_select(0, middle)
+    floor = torch.where(live.any(), torch.minimum(diagonal, OUTLIER * median).mean(), 1.0)
     diagonal.copy_(torch.where(diagonal <= 0, floor, diagonal))
     diagonal.add_(damping * floor)
 
@@ -209,9 +209,10 @@ def _spans(width: int, size: int) -> list[list[slice]]:
     return spans
 
 
+@kernels.tensor_cores()
 def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
     """`tr((W - V) H (W - V)^T) / tr(W H W^T)`: the relative squared output error of a layer."""
-    E = W - V
-    lost = float(torch.sum((E @ H) * E, dtype=torch.float64))
-    whole = float(torch.sum((W @ H) * W, dtype=torch.float64))
+    both = torch.cat((W - V, W))
+    forms = torch.sum((both @ H).mul_(both), dim=1, dtype=torch.float64)
+    lost, whole = forms.reshape(2, -1).sum(1).tolist()
     return lost / whole if whole > 0 else 0.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -573,6 +574,12 @@ def _search_tile(W: Tensor, precision: str) -> tuple[int, int]:
     return (128, 8) if precision == "tf32" else (64, 4)
 
 
+@lru_cache(maxsize=16)
+def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device once and for all: every copy to it may wait for what it is doing."""
+    return torch.tensor(numbers, device=device)
+
+
 def search_groups(
     W: Tensor, M: Tensor, factors: list[float], *, levels: int, symmetric: bool, zero_min: int,
     dtypes: tuple[torch.dtype, ...], refits: int, precision: str = "tf32",
@@ -591,7 +598,7 @@ def search_groups(
     M = M.contiguous()
     loss, scale, zero = torch.empty(3, groups, out, device=W.device).unbind(0)
     half, brain = _casts(dtypes)
-    table = torch.tensor([*factors, *NEIGHBOURS], device=W.device)
+    table = _table((*factors, *NEIGHBOURS), W.device)
     B, warps = _search_tile(W, precision)
     _search_kernel[(triton.cdiv(out, B), groups)](
         W, M, table, loss, scale, zero, out, W.stride(0), W.stride(1), M.stride(0), float(levels),
