@@ -343,7 +343,7 @@ class _Full:
         ("solve.descend", 9),
         ("capture.forward", 3),  # to see which linears share an input
         ("capture.forward", 4),  # for second moments
-        ("capture.forward", 5),  # replay
+        ("moments.SecondMoment.add", 5),  # between them
     ],
 )
 def test_out_of_memory_once(
@@ -365,8 +365,8 @@ def test_out_of_memory_once(
     assert gptq_quantize.main([*QUICK, "--output_path", str(target)]) == 0
     assert full.count > call + 1
     told = "out of memory on cpu, tried again with" in capsys.readouterr().err
-    # In capture and replay smaller portions are taken at once.
-    assert told == ((where, call) not in {("capture.forward", 4), ("capture.forward", 5)})
+    # A forward pass is taken again at once, in smaller portions.
+    assert told == ((where, call) != ("capture.forward", 4))
     found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
     assert set(found) == set(expected)
     report = json.loads((target / "quantization_report.json").read_text())

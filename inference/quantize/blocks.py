@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import capture
+import passes
 from calibration import Windows
 from checkpoint import CheckpointWriter
 from console import Blocks
@@ -20,8 +21,9 @@ from folds import Fold, exact_folds, find_folds, unknown
 from follow import Follower
 from job import Run
 from moments import SecondMoment
+from passes import Passes, walk
 from resume import KeptStates
-from solve import BlockChanges, LayerReport, solve_block
+from solve import BlockChanges, LayerReport, Moments, solve_block
 from source import Source
 
 
@@ -56,8 +58,9 @@ def quantize_blocks(
             while True:
                 reported = len(run.reports)
                 try:
-                    kwargs = calls.kwargs[index]
-                    follower = _block(run, index, writer, states, reference, kwargs, batch, progress)
+                    onward = _block(
+                        run, index, writer, states, reference, calls.kwargs[index], batch, progress
+                    )
                     break
                 except torch.cuda.OutOfMemoryError as error:
                     told = str(error)
@@ -67,16 +70,14 @@ def quantize_blocks(
                 del run.reports[reported:]
                 streams = [states] if reference is None else [states, reference]
                 _relieve(run, source.blocks[index], streams, batch, told)
-            block = source.modules[index]
-            if index + 1 < len(source.blocks):
-                progress.step("replay")
-                with run.stage("replay"):
-                    kept.wait()
-                    capture.replay(block, source.blocks[index], states, kwargs, batch)
-                    if follower is not None:
-                        follower.advance(source.blocks[index])
-            del follower
-            source.release(block)
+            with onward:
+                if index + 1 < len(source.blocks):
+                    progress.step("replay")
+                    with run.stage("replay"):
+                        kept.wait()
+                        onward.advance(source.blocks[index])
+            del onward
+            source.release(source.modules[index])
             writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
             if index + 1 < len(source.blocks):
                 kept.offer(states, index + 1)
@@ -95,10 +96,11 @@ def _block(
     kwargs: dict[str, Any],
     batch: capture.MicroBatch,
     progress: Blocks,
-) -> Follower | None:
+) -> Passes | Follower:
     """Quantizes one block and hands everything of it to the writer; the states stay as they are.
 
-    reference: the source's own states, where they are followed; the result takes them on.
+    reference: the source's own states, where they are followed. The result takes the states on; it is the caller's
+    to close.
     """
     source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
     progress.step("load")
@@ -107,21 +109,41 @@ def _block(
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
     folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
-    moments: list[Tensor | None] = [None] * len(groups)
-    if folds or reference is None:
-        progress.step("capture")
+    stops = [paths[0] for paths in groups]
+    room = passes.room(run.device, run.config.max_memory, [_linear(block, path) for path in stops])
+    follower = None
+    if reference is not None:
+        follower = Follower(block, reference, states, kwargs, groups, batch, room)
+    onward = follower or Passes(block, states, kwargs, stops, batch, room)
+
+    def in_order(group: int) -> Tensor | None:
+        """The moment of one group's input, all before it rounded."""
+        assert isinstance(onward, Passes)
+        progress.step(f"capture {stops[group]}")
         with run.stage("capture"):
-            moments = _moments(run, block, name, states, kwargs, groups, batch)
-    follower = None if reference is None else Follower(block, reference, states, kwargs, batch)
-    changes = BlockChanges()
-    with run.stage("solve and write"):
-        for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
-            progress.step(f"solved {solved.path}")
-            with run.stage("of which write"):
-                write_linear(run, writer, name, solved)
-    with run.stage("pass through"):
-        pass_through(run, writer, block, index, changes)
-    return follower
+            total = SecondMoment(_linear(block, stops[group]).in_features, run.device)
+            for ((x, _),) in walk((onward,), group):
+                total.add(x)
+            return _finished(run, f"{name}.{stops[group]}", total)
+
+    moments: Moments = in_order
+    try:
+        if folds:
+            progress.step("capture")
+            with run.stage("capture"):
+                moments = _at_once(run, block, name, states, kwargs, groups, batch).pop
+        changes = BlockChanges()
+        with run.stage("solve"):
+            for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
+                progress.step(f"solved {solved.path}")
+                with run.stage("pack"):
+                    write_linear(run, writer, name, solved)
+        with run.stage("pass through"):
+            pass_through(run, writer, block, index, changes)
+    except BaseException:
+        onward.close()
+        raise
+    return onward
 
 
 def _relieve(
@@ -209,7 +231,7 @@ def _folds(run: Run, index: int, states: capture.States, kwargs: dict[str, Any])
     return folds
 
 
-def _moments(
+def _at_once(
     run: Run,
     block: torch.nn.Module,
     name: str,
@@ -217,18 +239,21 @@ def _moments(
     kwargs: dict[str, Any],
     groups: list[list[str]],
     batch: capture.MicroBatch,
-) -> list[Tensor | None]:
-    sums: list[SecondMoment] = []
-    for paths in groups:
-        linear = block.get_submodule(paths[0])
-        assert isinstance(linear, torch.nn.Linear)
-        sums.append(SecondMoment(linear.in_features, run.device))
+) -> dict[int, Tensor | None]:
+    """The moments of all groups' inputs by their numbers, from one pass through the block as it is."""
+    sums = [SecondMoment(_linear(block, paths[0]).in_features, run.device) for paths in groups]
     capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
-    found: list[Tensor | None] = []
-    for paths, total in zip(groups, sums, strict=True):
-        if total.finite():
-            found.append(total.finish())
-        else:
-            run.console.warn(f"{name}.{paths[0]}: its inputs overflow; rounded to nearest")
-            found.append(None)
-    return found
+    return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
+
+
+def _finished(run: Run, name: str, total: SecondMoment) -> Tensor | None:
+    if total.finite():
+        return total.finish()
+    run.console.warn(f"{name}: its inputs overflow; rounded to nearest")
+    return None
+
+
+def _linear(block: torch.nn.Module, path: str) -> torch.nn.Linear:
+    module = block.get_submodule(path)
+    assert isinstance(module, torch.nn.Linear)
+    return module

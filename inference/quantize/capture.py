@@ -347,16 +347,31 @@ def capture(
 
 
 @torch.no_grad()
-def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], batch: MicroBatch) -> None:
-    """Replaces the states by what the block makes of them. Errors: `FinalError` where they are not finite."""
+def replay(
+    block: nn.Module,
+    name: str,
+    states: States,
+    kwargs: dict[str, Any],
+    batch: MicroBatch,
+    *,
+    run: Callable[[int, int], Tensor] | None = None,
+    spare: Callable[[], bool] = lambda: False,
+) -> None:
+    """Replaces the states by what the block makes of them. Errors: `FinalError` where they are not finite.
+
+    run: what the block makes of windows `start` to `stop`, where somebody else has that; spare: gives up what can be
+    done without when memory runs out, False where nothing is left.
+    """
+    if run is None:
+        run = lambda start, stop: forward(block, states.get(start, stop), kwargs)  # noqa: E731
     finite = torch.ones((), dtype=torch.bool, device=states.device)
     start = 0
     while start < len(states):
         stop = min(start + batch.windows, len(states))
         try:
-            result = forward(block, states.get(start, stop), kwargs)
+            result = run(start, stop)
         except torch.cuda.OutOfMemoryError:
-            if not batch.halve() and not states.to_host():
+            if not spare() and not batch.halve() and not states.to_host():
                 raise
             torch.cuda.empty_cache()
             continue
@@ -368,32 +383,6 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
             f"the states after {name} are not finite: the model overflows {states.data.dtype}; "
             "use a BF16 copy of the model, or --device cpu (which computes in FP32)"
         )
-
-
-@torch.no_grad()
-def inputs_of(
-    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], path: str, before: str | None
-) -> tuple[Tensor, Tensor]:
-    """What enters the linear `path` for states `hidden`, and what enters module `before` (None: the block) ahead of
-    it: both (tokens, width). Nothing after the linear's input is computed."""
-    caught: dict[str, Tensor] = {"": hidden}
-
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught[before or ""] = args[0]
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught[path] = args[0]
-        raise _Stop
-
-    handles = [block.get_submodule(before).register_forward_pre_hook(keep)] if before is not None else []
-    handles.append(block.get_submodule(path).register_forward_pre_hook(stop))
-    try:
-        with suppress(_Stop):
-            forward(block, hidden, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(caught[name].reshape(-1, caught[name].shape[-1]) for name in (path, before or ""))  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class Run:
     reports: list[LayerReport] = field(default_factory=list)
     library: backend.Session | None = None  # None: this program does the work
     outcome: backend.Outcome | None = None  # of the library's work
+    _inside: float | None = None  # seconds of the stages inside the one that runs; None where none does
 
     @property
     def versions(self) -> dict[str, str]:
@@ -68,13 +69,20 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to `stages`; device work belongs to the stage that started it."""
+        """Adds the time inside to `stages`, less that of the stages inside it.
+
+        Device work belongs to the outermost stage that started it, or to the one inside that waited for it.
+        """
         self.stages.setdefault(name, 0.0)  # in the order in which they begin
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stages[name] += time.perf_counter() - start
+        outer, self._inside, start = self._inside, 0.0, time.perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda" and outer is None:
+                torch.cuda.synchronize(self.device)
+        finally:
+            seconds = time.perf_counter() - start
+            self.stages[name] += seconds - self._inside
+            self._inside = None if outer is None else outer + seconds
 
 
 def prepare(config: QuantizeConfig, console: Console) -> Run:

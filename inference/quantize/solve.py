@@ -1,14 +1,15 @@
 """Quantizes the linears of one block from the second moments of their inputs.
 
-The inputs are taken from the last one back to the first, so that a scale which folds into an earlier linear's rows is
-known before that linear is rounded. Where the source is followed, that goes for the scales alone, and the rounding
-goes forward: each linear is rounded for what its predecessors, quantized, make of its inputs.
+The inputs are taken in the order in which the block computes, so that each linear can be rounded for what its
+predecessors, quantized, make of its inputs. With channel scales they are taken from the last one back to the first: a
+scale which folds into an earlier linear's rows must be known before that linear is rounded. Where the source is
+followed, that goes for the scales alone, and the rounding goes forward.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,6 +88,9 @@ class Solved:
     report: LayerReport
 
 
+Moments = Callable[[int], Tensor | None]
+
+
 @dataclass(slots=True)
 class BlockChanges:
     """Parameters other than quantized weights that folds changed, by path in the block."""
@@ -98,7 +102,7 @@ def solve_block(
     block: nn.Module,
     name: str,
     groups: list[list[str]],
-    moments: list[Tensor | None],
+    moments: Moments,
     folds: list[Fold],
     options: SolveOptions,
     changes: BlockChanges,
@@ -106,17 +110,17 @@ def solve_block(
 ) -> Iterator[Solved]:
     """Yields every linear quantized, its de-quantized weight already in the block.
 
-    groups: paths that share an input; moments: their `H` (in, in), None where it is unusable; consumed. With a
-    `follower` the linears are taken in the order in which the block computes, and aim at what the source would give;
-    moments then serve only the folds.
+    groups: paths that share an input, in the order in which the block computes; moments: gives `H` (in, in) of one
+    group, which is used up, or None where it is unusable; asked for once each, with `folds` from the last group to
+    the first and in order without, when all groups before it are in the block. With a `follower` the linears aim at
+    what the source would give, and moments serve only the folds.
     """
     if follower is not None:
         yield from _solve_following(block, name, groups, moments, folds, options, changes, follower)
         return
     divisors: dict[str, Tensor] = {}
-    for index in range(len(groups) - 1, -1, -1):
-        paths, H = groups[index], moments[index]
-        moments[index] = None
+    for index in reversed(range(len(groups))) if folds else range(len(groups)):
+        paths, H = groups[index], moments(index)
         weights = [_linear(block, path).weight.detach().float() for path in paths]
         weights = [
             W / divisors[p][:, None] if p in divisors else W for p, W in zip(paths, weights, strict=True)
@@ -140,13 +144,14 @@ def solve_block(
         for path, W in zip(paths, weights, strict=True):
             start = time.perf_counter()
             yield _round(block, name, path, W, problem, options, exponent, shared, start)
+        del problem, weights, W  # before the next group's moment takes their place
 
 
 def _solve_following(
     block: nn.Module,
     name: str,
     groups: list[list[str]],
-    moments: list[Tensor | None],
+    moments: Moments,
     folds: list[Fold],
     options: SolveOptions,
     changes: BlockChanges,
@@ -155,10 +160,10 @@ def _solve_following(
     """First all channel scales, from the last input back to the first, then the rounding in order."""
     scales = {path: _Scaling() for paths in groups for path in paths}
     exponents: dict[str, float] = {}
-    for index in range(len(groups) - 1, -1, -1):
-        paths, H = groups[index], moments[index]
-        moments[index] = None
+    for index in reversed(range(len(groups))):
+        paths = groups[index]
         fold = next((f for f in folds if set(f.targets) == set(paths)), None)
+        H = None if fold is None else moments(index)
         if fold is None or H is None:
             continue
         weights = [scales[path].apply(follower.weight(path)) for path in paths]
@@ -178,11 +183,11 @@ def _solve_following(
     for path, scaling in scales.items():
         weight = _linear(block, path).weight
         weight.copy_(scaling.apply(follower.weight(path)).to(weight.dtype))
-    for paths in groups:
+    for index, paths in enumerate(groups):
+        drift = follower.drift(index, scales[paths[0]].channels)
         start = time.perf_counter()
-        drift = follower.drift(block, paths, scales[paths[0]].channels)
         width = _linear(block, paths[0]).in_features
-        problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.states.device)
+        problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.device)
         shared = (time.perf_counter() - start) / len(paths)
         for path in paths:
             start = time.perf_counter()
