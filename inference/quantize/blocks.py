@@ -14,7 +14,7 @@ import passes
 from calibration import Windows
 from checkpoint import CheckpointWriter
 from console import Blocks
-from contents import copy_outside, pass_through, write_linear
+from contents import copy_outside, pass_through, settle_others, write_linear
 from errors import WorkError
 from evaluate import QuantizedSource
 from folds import Fold, exact_folds, find_folds, unknown
@@ -108,12 +108,13 @@ def _block(
         source.load(block, name, run.device, run.compute)
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
-    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
     stops = [paths[0] for paths in groups]
     room = passes.room(run.device, run.config.max_memory, [_linear(block, path) for path in stops])
     follower = None
     if reference is not None:
         follower = Follower(block, reference, states, kwargs, groups, batch, room)
+    settle_others(run, block, index)  # the follower has them as they were
+    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
     onward = follower or Passes(block, states, kwargs, stops, batch, room)
 
     def in_order(group: int) -> Tensor | None:
