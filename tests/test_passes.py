@@ -174,3 +174,29 @@ def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
     solving = 4 * (2.5 * 64**2 + 6 * 64 * 32)
     assert passes.room(cuda, None, [linear]) == pytest.approx(0.6 * (1e9 - solving))
     assert passes.room(cuda, 10.0, [linear]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("room", [0.0, 2e5, 1e9])
+def test_states_in_host_memory(room: float, saved: Callable[..., Path]) -> None:
+    """They travel beside the work, and arrive as they would have been on the device."""
+    cuda, ends = torch.device("cuda", 0), []
+    for home in (cuda, CPU):
+        source = Source.open(saved("llama", torch.float32))
+        tokens = torch.randint(3, 2048, (37, 64), generator=torch.Generator().manual_seed(1))
+        states, calls = capture.embed(source, tokens, home, cuda, torch.float32)
+        assert states.data.is_pinned() == (home == CPU)
+        batch = MicroBatch(cuda, states.length, 1, tokens=5 * states.length)
+        for index, name in enumerate(source.blocks):
+            block = source.modules[index]
+            source.load(block, name, cuda, torch.float32)
+            groups = capture.distinct_inputs(block, states, calls.kwargs[index])
+            with Passes(block, states, calls.kwargs[index], [g[0] for g in groups], batch, room) as running:
+                for group, paths in enumerate(groups):
+                    assert sum(reached[0][0].shape[0] for reached in walk((running,), group)) == 37 * 64
+                    disturb(block, paths)
+                running.advance(name)
+        torch.cuda.synchronize()
+        ends.append(states.data.cpu())
+    assert torch.equal(*ends)

@@ -69,6 +69,8 @@ class States:
         pin = home.type == "cpu" and device.type == "cuda"
         self.data = torch.empty(shape, dtype=dtype, device=home, pin_memory=pin)
         self.device = device
+        self._copies: torch.cuda.Stream | None = None  # where states travel, beside the work
+        self._ahead: tuple[int, int, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -78,7 +80,30 @@ class States:
         return self.data.shape[1]
 
     def get(self, start: int, stop: int) -> Tensor:
-        return self.data[start:stop].to(self.device, non_blocking=True)
+        """The states of windows `start` to `stop` on the device; a view where they live there."""
+        if not self.data.is_pinned():
+            return self.data[start:stop].to(self.device)
+        self.ahead(start, stop)
+        assert self._ahead is not None
+        assert self._copies is not None
+        found, self._ahead = self._ahead[2], None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        found.record_stream(current)
+        return found
+
+    def ahead(self, start: int, stop: int) -> None:
+        """Begins to bring what `get` will be asked for next, if it is elsewhere."""
+        stop = min(stop, len(self))
+        if not self.data.is_pinned() or start >= stop or (self._ahead and self._ahead[:2] == (start, stop)):
+            return
+        with torch.cuda.stream(self._side()):
+            self._ahead = (start, stop, self.data[start:stop].to(self.device, non_blocking=True))
+
+    def _side(self) -> torch.cuda.Stream:
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        return self._copies
 
     def to_host(self) -> bool:
         """Moves the states from the device to host memory; False where they are there, or it cannot hold them."""
@@ -93,7 +118,15 @@ class States:
         return True
 
     def put(self, start: int, stop: int, value: Tensor) -> None:
-        self.data[start:stop].copy_(value, non_blocking=self.data.is_pinned())
+        """Replaces them; in host memory they are there once the device has been waited for."""
+        if not self.data.is_pinned():
+            self.data[start:stop].copy_(value)
+            return
+        side = self._side()
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            self.data[start:stop].copy_(value, non_blocking=True)
+        value.record_stream(side)
 
 
 def copied(states: States) -> States:
@@ -332,7 +365,9 @@ def capture(
         while start < len(states):
             stop = min(start + batch.windows, len(states))
             try:
-                forward(block, states.get(start, stop), kwargs)
+                hidden = states.get(start, stop)
+                states.ahead(stop, stop + batch.windows)
+                forward(block, hidden, kwargs)
             except _Stop:
                 pass
             except torch.cuda.OutOfMemoryError:
@@ -363,7 +398,12 @@ def replay(
     done without when memory runs out, False where nothing is left.
     """
     if run is None:
-        run = lambda start, stop: forward(block, states.get(start, stop), kwargs)  # noqa: E731
+
+        def run(start: int, stop: int) -> Tensor:
+            hidden = states.get(start, stop)
+            states.ahead(stop, stop + batch.windows)
+            return forward(block, hidden, kwargs)
+
     finite = torch.ones((), dtype=torch.bool, device=states.device)
     start = 0
     while start < len(states):

@@ -34,6 +34,9 @@ class _Pass(greenlet):
     def _forward(self) -> Tensor:
         owner = self.owner
         hidden = owner.states.get(self.start, self.stop)
+        following = (self.stop, self.stop + owner.batch.windows)
+        if following not in owner._halted:
+            owner.states.ahead(*following)
         if None in owner.watched:
             self.kept[None] = hidden
         return capture.forward(owner.block, hidden, owner.kwargs)
