@@ -55,7 +55,7 @@ class Variant:
 ROOM = 8e9  # bytes of halted passes
 SEARCHED = Effort(SearchEffort(24, 2), sweeps=0, refit=False)
 DEFAULT, BEST = solve.EFFORTS["default"], solve.EFFORTS["best"]
-FOLLOWED = replace(DEFAULT, follow=True)
+FOLLOWED = replace(DEFAULT, follow=1.0)
 
 
 def variants() -> list[Variant]:
@@ -113,7 +113,8 @@ def run(
     )
     result: dict[str, Tensor] = {}
     search, compensate, aim = solve.search_grid, solve.compensate, solve.AIM
-    reference = capture.copied(states) if variant.effort.follow else None
+    followed = variant.effort.followed(*windows.shape)
+    reference = capture.copied(states, followed) if followed else None
 
     def plain(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> Grid:
         return minmax_grid(W, spec)
@@ -141,8 +142,8 @@ def run(
 
             def moments(group: int, onward: Any = onward, sums: Any = sums, folds: Any = folds) -> Tensor:
                 if not folds and not variant.at_once:
-                    for ((x, _),) in walk((onward,), group):
-                        sums[group].add(x)
+                    for (reached,) in walk((onward,), group):
+                        sums[group].add(reached[0])
                 return sums[group].finish()
 
             follower = onward if isinstance(onward, Follower) else None

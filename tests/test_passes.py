@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return begins
 
 
+def reached(running: Passes, index: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for (found,) in walk((running,), index):
+        assert found is not None
+        yield found
+
+
 def disturb(block: nn.Module, paths: list[str]) -> None:
     for path in paths:
         block.get_parameter(f"{path}.weight").data.mul_(0.9)
@@ -90,7 +96,7 @@ def test_each_linear_sees_its_predecessors_as_they_are_now(
     begun_passes = counted(monkeypatch)
     with running:
         for index, paths in enumerate(groups):
-            x = torch.cat([reached[0][0].clone() for reached in walk((running,), index)])
+            x = torch.cat([x.clone() for x, _ in reached(running, index)])
             assert torch.equal(x, whole(found, paths[0]))
             disturb(block, paths)
         expected = whole(found, None)
@@ -109,7 +115,7 @@ def test_what_entered_a_module_before(room: float, opened: Callable[[str], Opene
     wanted = {groups.index(["self_attn.o_proj"]): None, groups.index(["mlp.down_proj"]): "mlp"}
     with begun(found, room, before=wanted) as running:
         for index in range(len(groups)):
-            seen = [reached[0][1] for reached in walk((running,), index)]
+            seen = [stream for _, stream in reached(running, index)]
             if index not in wanted:
                 assert seen == [None] * 4
                 continue
@@ -140,7 +146,7 @@ def test_memory_that_runs_out(opened: Callable[[str], Opened], monkeypatch: pyte
             tight[0] = index == len(groups) - 1
             if tight[0]:
                 largest = 2
-            x = torch.cat([reached[0][0].clone() for reached in walk((running,), index)])
+            x = torch.cat([x.clone() for x, _ in reached(running, index)])
             torch.testing.assert_close(x, expected[index], rtol=1e-4, atol=1e-5)
         assert running.batch.windows == 2
         running.advance("block")
@@ -194,7 +200,7 @@ def test_states_in_host_memory(room: float, saved: Callable[..., Path]) -> None:
             groups = capture.distinct_inputs(block, states, calls.kwargs[index])
             with Passes(block, states, calls.kwargs[index], [g[0] for g in groups], batch, room) as running:
                 for group, paths in enumerate(groups):
-                    assert sum(reached[0][0].shape[0] for reached in walk((running,), group)) == 37 * 64
+                    assert sum(x.shape[0] for x, _ in reached(running, group)) == 37 * 64
                     disturb(block, paths)
                 running.advance(name)
         torch.cuda.synchronize()

@@ -46,7 +46,8 @@ def quantize_blocks(
             with run.stage("embed"):
                 home = _home(run, windows.tokens)
                 states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
-                reference = capture.copied(states) if run.options.effort.follow else None
+                followed = run.options.effort.followed(*windows.tokens.shape)
+                reference = capture.copied(states, followed) if followed else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
             if done < len(source.blocks):
@@ -99,8 +100,8 @@ def _block(
 ) -> Passes | Follower:
     """Quantizes one block and hands everything of it to the writer; the states stay as they are.
 
-    reference: the source's own states, where they are followed. The result takes the states on; it is the caller's
-    to close.
+    reference: the source's own states of the first windows, where they are followed. The result takes the states on;
+    it is the caller's to close.
     """
     source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
     progress.step("load")
@@ -123,8 +124,9 @@ def _block(
         progress.step(f"capture {stops[group]}")
         with run.stage("capture"):
             total = SecondMoment(_linear(block, stops[group]).in_features, run.device)
-            for ((x, _),) in walk((onward,), group):
-                total.add(x)
+            for (reached,) in walk((onward,), group):
+                assert reached is not None
+                total.add(reached[0])
             return _finished(run, f"{name}.{stops[group]}", total)
 
     moments: Moments = in_order
@@ -207,7 +209,9 @@ def _home(run: Run, tokens: Tensor) -> torch.device:
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
-    needed = tokens.numel() * width * run.compute.itemsize * (2 if run.options.effort.follow else 1)
+    windows, length = tokens.shape
+    windows += run.options.effort.followed(windows, length)
+    needed = windows * length * width * run.compute.itemsize
     free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 

@@ -64,7 +64,7 @@ class States:
     """Hidden states of all windows, (windows, length, width), on the device or in (pinned) host memory."""
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, home: torch.device, device: torch.device
+        self, shape: tuple[int, ...], dtype: torch.dtype, home: torch.device, device: torch.device
     ) -> None:
         pin = home.type == "cpu" and device.type == "cuda"
         self.data = torch.empty(shape, dtype=dtype, device=home, pin_memory=pin)
@@ -102,7 +102,7 @@ class States:
 
     def _side(self) -> torch.cuda.Stream:
         if self._copies is None:
-            self._copies = torch.cuda.Stream(self.device)
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return self._copies
 
     def to_host(self) -> bool:
@@ -129,15 +129,11 @@ class States:
         value.record_stream(side)
 
 
-def copied(states: States) -> States:
-    """The same states once more, in the same place."""
-    copy = States(
-        (len(states), states.length, states.data.shape[2]),
-        states.data.dtype,
-        states.data.device,
-        states.device,
-    )
-    copy.data.copy_(states.data)
+def copied(states: States, windows: int) -> States:
+    """The states of the first `windows` once more, in the same place."""
+    data = states.data
+    copy = States((windows, *data.shape[1:]), data.dtype, data.device, states.device)
+    copy.data.copy_(data[:windows])
     return copy
 
 

@@ -21,7 +21,9 @@ from passes import Passes, walk
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Means over the calibration tokens, float32. `x`: a group's input in the quantized model, `x~` in the source.
+    """Means over the calibration tokens, float32; of those with `x~` over the windows of the source's states.
+
+    `x`: a group's input in the quantized model, `x~` in the source.
 
     `H`: x x^T (in, in); `inputs`: (x~ - x) x^T (in, in); `stream`: (r~ - r) x^T (width, in) with `r` the states that
     the output is added to, or None where it is not.
@@ -35,7 +37,8 @@ class Drift:
 class Follower:
     """One block of the source and its states, beside the block that is being quantized.
 
-    groups: paths that share an input, in the order in which the block computes. `room`: bytes that halted passes may
+    reference: the source's own states, of all windows or the first ones; groups: paths that share an input, in the
+    order in which the block computes. `room`: bytes that halted passes may
     hold. `block` must be as it is to be rounded when `drift` is first asked for. Context manager.
     """
 
@@ -96,12 +99,18 @@ class Follower:
         stream = None
         if index in self._near.before:
             stream = CrossMoment(first.out_features, first.in_features, self.device)
-        for (aimed, r_aimed), (x, r) in walk((self._far, self._near), index):
-            far = aimed.float() if channels is None else aimed.float() / channels
+        for near, far in walk((self._near, self._far), index):
+            assert near is not None
+            x, r = near
             H.add(x)
-            inputs.add((far - x.float()).to(x.dtype), x)
+            if far is None:
+                continue
+            aimed, r_aimed = far
+            x = x[: len(aimed)]
+            goal = aimed.float() if channels is None else aimed.float() / channels
+            inputs.add((goal - x.float()).to(x.dtype), x)
             if stream is not None and r is not None and r_aimed is not None:
-                stream.add((r_aimed.float() - r.float()).to(x.dtype), x)
+                stream.add((r_aimed.float() - r[: len(aimed)].float()).to(x.dtype), x)
         if not H.finite():
             return None
         found = Drift(H.finish(), inputs.finish(), None if stream is None else stream.finish())

@@ -22,7 +22,7 @@ from evaluate import pick_device
 from folds import find_folds
 from hub import resolve_model
 from publish import check_target
-from solve import EFFORTS, LayerReport, SolveOptions
+from solve import LayerReport, SolveOptions, effort
 from source import Scratch, Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
@@ -143,7 +143,7 @@ def prepare(config: QuantizeConfig, console: Console) -> Run:
         act_order=config.method == "awq" or config.desc_act,
         dynamic_groups=config.dynamic_groups,
         damping=AWQ_DAMPING if config.method == "awq" else config.damp_percent,
-        effort=EFFORTS[config.quality],
+        effort=effort(config.quality, config.bits),
         zero_min=1 if layout == "gptq" else 0,
         scale_dtypes=(torch.bfloat16, torch.float16) if store == torch.bfloat16 else (torch.float16,),
         store=store,

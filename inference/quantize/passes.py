@@ -169,20 +169,26 @@ def pieces(windows: int, size: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    """Brings passes over the same windows, of one micro-batch, to stop `index`, and hands over what each reaches.
+def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, Tensor | None] | None]]:
+    """Brings passes over the same windows, of one micro-batch, to stop `index`, and hands over what each reaches: None
+    and less of it where one has fewer windows than the first.
 
     Where memory runs out, halted passes are given up, then micro-batches get smaller, then states go to host memory;
     no window is handed over twice.
     """
     batch, count = together[0].batch, len(together[0].states)
     for passes in together:
-        passes.keep_only(pieces(count, batch.windows))
+        passes.keep_only(pieces(len(passes.states), batch.windows))
     start = 0
     while start < count:
         stop = min(start + batch.windows, count)
         try:
-            reached = [passes.reach(start, stop, index) for passes in together]
+            reached = [
+                passes.reach(start, min(stop, len(passes.states)), index)
+                if start < len(passes.states)
+                else None
+                for passes in together
+            ]
         except torch.cuda.OutOfMemoryError:
             spared = [passes.drop() for passes in together]
             if not any(spared) and not batch.halve():

@@ -8,6 +8,7 @@ followed, that goes for the scales alone, and the rounding goes forward.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,20 +27,35 @@ REPORT_ROWS = 256  # rows of a layer on which its output error is told
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: each
-    linear sees what its predecessors' quantization made of its inputs, and aims at what the source's would give."""
+    """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: the share
+    of the windows on which each linear learns what its predecessors' quantization made of its inputs, and aims at what
+    the source's would give."""
 
     search: SearchEffort
     sweeps: int
     refit: bool
-    follow: bool = False
+    follow: float = 0.0
+
+    def followed(self, windows: int, length: int) -> int:
+        """How many of `windows` of `length` tokens: the share, and never too few to tell drift from noise."""
+        return min(windows, max(math.ceil(self.follow * windows), -(-ENOUGH // length))) if self.follow else 0
 
 
+ENOUGH = 1 << 18  # tokens
 EFFORTS = {
     "fast": Effort(SearchEffort(sweep=16, refits=1), sweeps=0, refit=False),
     "default": Effort(SearchEffort(sweep=24, refits=2), sweeps=2, refit=True),
-    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=True),
+    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0),
 }
+FEW_BITS, SOME = 3, 0.25  # up to so many bits "default" follows too, on so many of the windows
+
+
+def effort(quality: str, bits: int) -> Effort:
+    """What `--quality` means at so many bits: where each costs much accuracy, following pays by default."""
+    found = EFFORTS[quality]
+    return replace(found, follow=SOME) if quality == "default" and bits <= FEW_BITS else found
+
+
 AIM = 0.75  # of the way to the source's outputs: the rest would follow the noise of the calibration tokens
 AWQ_EFFORT = SearchEffort(sweep=8, refits=1)  # enough to tell candidates apart
 
