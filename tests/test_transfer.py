@@ -7,18 +7,25 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
+import saved
 import shards
+import source
 import transfer
 from checkpoint import CheckpointWriter, digest
-from errors import WorkError
+from errors import FinalError, WorkError
+from evaluate import measure
+from models import FAMILIES, write
 from publish import Staging
+from reference import write_rtn_checkpoint
 from shards import Planned
 from transfer import Incoming, Outgoing
 
@@ -278,3 +285,102 @@ def test_ahead_serves_no_host() -> None:
 
 def test_free_memory_is_known() -> None:
     assert 1 << 20 < transfer.available() <= 1 << 60
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models read ahead
+
+
+class Ahead(Here):
+    """For a source and a checkpoint, with what was taken from it."""
+
+    taken: ClassVar[list[str]] = []
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__(read, plain)
+
+    def take(self, name: str, device: torch.device) -> Tensor | None:
+        found = super().take(name, device)
+        if found is not None:
+            self.taken.append(name)
+        return found
+
+
+@pytest.fixture
+def reads_ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes every model read ahead, on the CPU too; the names that came that way."""
+    monkeypatch.setattr(Ahead, "taken", [])
+    for module in (source, saved):
+        monkeypatch.setattr(module, "Incoming", Ahead)
+    return Ahead.taken
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
+def test_measured_the_same_read_ahead_or_not(
+    layout: str, tmp_path: Path, reads_ahead: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "model", FAMILIES["qwen2"]())
+    write_rtn_checkpoint(tmp_path / "model", tmp_path / "out", layout, 4, 32, False, shards=2)
+    ids = torch.arange(3, 43).reshape(2, 20)
+    model = source.Source.open(tmp_path / "model")
+    found = measure(model, tmp_path / "out", ids, CPU)
+    names = [name for name in model.files if ".layers." in name]
+    assert set(names) <= set(reads_ahead)
+    assert [n for n in reads_ahead if n.endswith("weight_packed" if layout[0] == "c" else "qweight")]
+    for module in (source, saved):
+        monkeypatch.setattr(module, "Incoming", Incoming)
+    reads_ahead.clear()
+    assert measure(source.Source.open(tmp_path / "model"), tmp_path / "out", ids, CPU) == found
+    assert not reads_ahead
+
+
+def test_a_block_is_the_same_read_ahead_or_not(tmp_path: Path, reads_ahead: list[str]) -> None:
+    write(tmp_path, FAMILIES["qwen2"]())
+    model = source.Source.open(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    model.ahead(0, CPU)
+    model.ahead(len(model.blocks), CPU)  # past the end: nothing, and nothing is dropped
+    for index, name in enumerate(model.blocks):
+        block = model.modules[index]
+        model.load(block, name, CPU, torch.float32)
+        model.ahead(index + 1, CPU)
+        for path, parameter in block.named_parameters():
+            assert torch.equal(parameter, expected[f"{name}.{path}"])
+            parameter.data.fill_(0)  # in memory of its own: not what is read for another
+        model.release(block)
+    assert sorted(reads_ahead) == sorted(name for name in expected if ".layers." in name)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SafetensorError("InvalidOffset")])
+def test_a_tensor_that_cannot_be_read_ahead_is_told_as_ever(
+    error: Exception, tmp_path: Path, reads_ahead: list[str]
+) -> None:
+    class Broken:
+        def get_tensor(self, name: str) -> Tensor:
+            raise error
+
+    write(tmp_path, FAMILIES["qwen2"]())
+    told: list[str] = []
+    for ahead in (False, True):
+        model = source.Source.open(tmp_path)
+        model._handles = {tmp_path / "model.safetensors": Broken()}
+        if ahead:
+            model.ahead(1, CPU)
+        with pytest.raises(WorkError) as caught:
+            model.load(model.modules[1], model.blocks[1], CPU, torch.float32)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+    assert "cannot read model.layers.1" in told[0]
+    assert not reads_ahead
+
+
+def test_the_first_broken_weight_is_named(tmp_path: Path) -> None:
+    write(tmp_path, FAMILIES["qwen2"]())
+    tensors = load_file(tmp_path / "model.safetensors")
+    for path in ("mlp.up_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{path}.weight"][2, 3] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = source.Source.open(tmp_path)
+    model.load(model.modules[0], model.blocks[0], CPU, torch.float32)
+    with pytest.raises(FinalError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
+        model.load(model.modules[1], model.blocks[1], CPU, torch.float32)
