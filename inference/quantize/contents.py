@@ -108,7 +108,7 @@ def pass_through(
     changed = {source.stored_name(f"{prefix}{name}"): name for name in changes.names}
     for stored in _others(source, index):
         tensor = block.get_parameter(changed[stored]) if stored in changed else source.read(stored)
-        writer.add(stored, _stored(run, stored, tensor))
+        writer.add(stored, _stored(run, stored, tensor), fixed=stored not in changed)
 
 
 def settle_others(run: Run, block: torch.nn.Module, index: int) -> None:
@@ -125,10 +125,10 @@ def settle_others(run: Run, block: torch.nn.Module, index: int) -> None:
 def copy_outside(run: Run, writer: CheckpointWriter) -> None:
     """Writes what belongs to no block."""
     for stored in _others(run.source, None):
-        writer.add(stored, _stored(run, stored, run.source.read(stored)))
+        writer.add(stored, _stored(run, stored, run.source.read(stored)), fixed=True)
     head = _head_copy(run)
     if head is not None:
-        writer.add(head[0], _stored(run, head[0], run.source.read(head[1])))
+        writer.add(head[0], _stored(run, head[0], run.source.read(head[1])), fixed=True)
 
 
 def _stored(run: Run, name: str, tensor: Tensor) -> Tensor:
