@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from awq_search import candidate, choose_scales, scale_
+from awq_search import candidates, choose_scales, scale_
 from folds import Fold
 from gptq_solver import (
     Factor,
@@ -194,6 +194,37 @@ def test_nan_has_no_factor(where: tuple[int, int]) -> None:
         factorize(H.clone(), 0.1, act_order=False)
 
 
+@pytest.mark.parametrize("span", [128, 256, 384])
+@pytest.mark.parametrize("group", [32, 160, 400])
+def test_spans_change_nothing_but_the_order_of_sums(
+    span: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many columns wait before the others are told: as with one span, which is the whole row."""
+    import gptq_solver
+
+    W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
+    spec = GridSpec(4, group, True)
+    grid = search_grid(W, metric_blocks(H, group), spec)
+    factor = factorize(H.clone(), 0.0, act_order=True)
+    results = []
+    for size in (4096, span):
+        monkeypatch.setattr(gptq_solver, "SPAN", size)
+        q = compensate(W, grid, spec, factor)
+        results.append((q, *descend(W, q, grid, spec, H, sweeps=3, refit=True)))
+    (q, fine, one), (q_span, fine_span, spanned) = results
+    assert float((q == q_span).all(1).float().mean()) > 0.7  # a row may part ways at a near tie
+    assert float((fine == fine_span).all(1).float().mean()) > 0.5
+    errors = [
+        output_error(W, dequantize(integers, chosen, group), H)
+        for integers, chosen in ((fine, one), (fine_span, spanned))
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=2e-3)
+    if span == 256:
+        pieces = [piece for part in gptq_solver._spans(800, group) for piece in part]
+        assert [c for piece in pieces for c in range(800)[piece]] == list(range(800))
+        assert all(part[-1].stop - part[0].start <= span for part in gptq_solver._spans(800, group))
+
+
 def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
     """The quadratic form of each row, float64."""
     E = (W - V).double()
@@ -300,13 +331,31 @@ def test_output_error_is_that_of_outputs() -> None:
 def test_candidates() -> None:
     H = torch.diag(torch.tensor([1.0, 4.0, 9.0, 16.0]))
     rows = torch.tensor([0, 0, 2, 3])
-    assert candidate(H, rows, 5, 0.0).tolist() == [1.0] * 5
-    found = candidate(H, rows, 5, 1.0)
+    plain, found = candidates(H, rows, 5, (0.0, 1.0))
+    assert plain.tolist() == [1.0] * 5
     rms = torch.tensor([2.5**0.5, 1.0, 3.0, 4.0, 1.0])
     middle = (4.0 * 2.5**0.5) ** 0.5
     used = torch.tensor([True, False, True, True, False])
     torch.testing.assert_close(found[used], rms[used] / middle)
     assert found[~used].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [32, 1024])
+def test_channel_scales_of_every_group_size(size: int) -> None:
+    """One search for all candidates finds what one for each does, also where groups are judged by the diagonal."""
+    W, H = weights(20, 1024), condition(second_moment(1024, 2048), 0.05)
+    factor = factorize(H.clone(), 0.0, act_order=True)
+    spec, effort = GridSpec(4, size, True), SearchEffort(8, 1)
+    chosen = choose_scales(W, H, factor, torch.arange(1024), 1024, spec, effort)
+    index = chosen.losses.index(min(chosen.losses))
+    s = candidates(H, torch.arange(1024), 1024, (chosen.exponent,))[0]
+    torch.testing.assert_close(chosen.scale, s)
+    scaled, other = H.clone(), replace(factor, R=factor.R.clone())
+    scale_(scaled, other, s)
+    grid = search_grid(W * s, metric_blocks(scaled, size), spec, effort)
+    q = compensate(W * s, grid, spec, other)
+    again = float(quadratic(W * s, dequantize(q, grid, size), scaled).sum())
+    assert chosen.losses[index] == pytest.approx(again, rel=0.01)
 
 
 def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
@@ -317,7 +366,7 @@ def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
     assert chosen.losses[0] >= min(chosen.losses)
     for exponent, loss in zip((0.0, 0.3, 0.6), (chosen.losses[i] for i in (0, 3, 6)), strict=True):
-        s = candidate(H, torch.arange(64), 64, exponent)
+        (s,) = candidates(H, torch.arange(64), 64, (exponent,))
         scaled, other = H.clone(), replace(factor, R=factor.R.clone())
         scale_(scaled, other, s)
         grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)

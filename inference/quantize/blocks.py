@@ -107,6 +107,7 @@ def _block(
     progress.step("load")
     with run.stage("load"):
         source.load(block, name, run.device, run.compute)
+        source.ahead(index + 1, run.device)
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
     stops = [paths[0] for paths in groups]

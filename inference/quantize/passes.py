@@ -8,7 +8,6 @@ up, and begun again when it is needed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 import capture
+import transfer
 
 SHARE = 0.6  # of the memory that is free beside what solving takes
 
@@ -211,7 +211,4 @@ def room(device: torch.device, limit: float | None, linears: Sequence[nn.Linear]
         # The second moment, its factor and a quarter; weights, rounded weights, errors and integers.
         solving = 4 * (2.5 * widest**2 + 6 * largest)
         return SHARE * max(0.0, capture.free_memory(device, limit) - solving)
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    except (AttributeError, OSError, ValueError):  # not told by every system
-        return float(1 << 30)
+    return transfer.available() / 4
