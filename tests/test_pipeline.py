@@ -61,7 +61,7 @@ COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
     ("gptq", "--act_order_groups dynamic --group_size -1 --quality fast", "gptq", 4, True, -1),
 ]
 # Relative error of the weights themselves: a bound that a wrong group, zero point or order breaks by far.
-CLOSE = {2: 0.65, 3: 0.35, 4: 0.18, 8: 0.02}
+CLOSE = {2: 0.75, 3: 0.35, 4: 0.18, 8: 0.02}
 
 
 @pytest.mark.parametrize(

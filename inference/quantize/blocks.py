@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def _block(
     room = passes.room(run.device, run.config.max_memory, [_linear(block, path) for path in stops])
     follower = None
     if reference is not None:
-        follower = Follower(block, reference, states, kwargs, groups, batch, room)
+        within = partial(run.stage, "capture")
+        follower = Follower(block, reference, states, kwargs, groups, batch, room, within)
     settle_others(run, block, index)  # the follower has them as they were
     folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
     onward = follower or Passes(block, states, kwargs, stops, batch, room)

@@ -8,6 +8,8 @@ makes up for some of the error that all earlier ones left.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,8 @@ class Follower:
     """One block of the source and its states, beside the block that is being quantized.
 
     reference: the source's own states, of all windows or the first ones; groups: paths that share an input, in the
-    order in which the block computes. `room`: bytes that halted passes may
-    hold. `block` must be as it is to be rounded when `drift` is first asked for. Context manager.
+    order in which the block computes; room: bytes that halted passes may hold; within: entered while the block runs.
+    `block` must be as it is to be rounded when `drift` is first asked for. Context manager.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Follower:
         groups: list[list[str]],
         batch: capture.MicroBatch,
         room: float,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self.within = within
         self.twin = copy.deepcopy(block)
         self.device = states.device
         self.writers = capture.residual_writers(block, states, kwargs)
@@ -92,6 +96,10 @@ class Follower:
 
         channels: what the group's inputs have been divided by since (in), or None.
         """
+        with self.within():
+            return self._drift(index, channels)
+
+    def _drift(self, index: int, channels: Tensor | None) -> Drift | None:
         first = self.twin.get_submodule(self._groups[index][0])
         assert isinstance(first, nn.Linear)
         H = SecondMoment(first.in_features, self.device)
