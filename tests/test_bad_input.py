@@ -229,7 +229,7 @@ CASES = [
     data("a.csv", "a,b\n1,2\n", "no column 'text'"),
     data("a.parquet", b"PAR1", "cannot read"),
     data("a.txt.gz", b"no gzip", "cannot read"),
-    data("a.txt.gz", gzip.compress(b"words " * 9000)[:-20], "cannot read"),
+    data("a.txt.gz", gzip.compress(b"words " * 9000, mtime=0)[:-20], "cannot read"),
     target("exists", "--output_path {root}/there", "exists: use --overwrite, or choose another --output_path",
            lambda place: place.file("there/config.json", "{}")),
     target("holds other things", "--output_path {root}/there --overwrite", "no checkpoint that --overwrite may",

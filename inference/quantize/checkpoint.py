@@ -1,6 +1,7 @@
 """The files of a checkpoint: planned, filled while the work goes on, journaled step by step, read back.
 
-One background thread hashes and writes; what waits for it is bounded. A step (`commit`) is on disk before the journal
+One background thread hashes and writes; what waits for it is bounded. Tensors on a GPU are copied to the host without
+the caller waiting for it, in pinned memory that is bounded too. A step (`commit`) is on disk before the journal
 lists it, so that a run that was interrupted continues after the last step that is listed and intact. Knows nothing of
 models or methods.
 """
@@ -25,12 +26,17 @@ from journal import Journal
 from packing import SUFFIXES, unpack
 from publish import GIB, Staging, as_json, failure, sync
 from shards import Planned
+from transfer import Outgoing
 
 _WAITING = 512 << 20  # bytes that may wait for the thread
 
 
 def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _lies_ready(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def digest(host: Tensor) -> str:
@@ -76,6 +82,7 @@ class CheckpointWriter:
         self._step_layers: list[str] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._outgoing = Outgoing()
         self._error: WorkError | None = None
 
     def __enter__(self) -> Self:
@@ -175,8 +182,12 @@ class CheckpointWriter:
         """What all planned tensors take."""
         return sum(tensor.nbytes for tensor in self._plan.values())
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a copy of a tensor from any device, to be written. `ValueError` where it is not as planned."""
+    def add(self, name: str, tensor: Tensor, *, fixed: bool = False) -> None:
+        """Takes a tensor from any device, to be written. `ValueError` where it is not as planned.
+
+        A copy is taken, but of one in host memory that is `fixed`: nobody will change that. Waits for room, not for
+        the device.
+        """
         planned = self._plan.get(name)
         if planned is None or (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
             raise ValueError(
@@ -185,16 +196,18 @@ class CheckpointWriter:
         if name in self._digests or name in self._step:
             raise ValueError(f"{name} is there already")
         self._step.append(name)
-        host = _on_host(tensor)
-        self._submit(lambda: self._write(name, host), host.nbytes)
+        self._hand_over(tensor, lambda host: self._write(name, host), fixed)
 
     def remember(self, layer: str, q: Tensor, scale: Tensor, zero: Tensor) -> None:
         """What `unpack` must give for `layer` when the files are read back; hashes are kept, not the tensors.
 
         q: uint8 (out, in); scale, zero: float32 (out, G).
         """
-        self._layers[layer] = [digest(_on_host(part)) for part in (q, scale, zero)]
+        digests: list[str] = []
+        self._layers[layer] = digests
         self._step_layers.append(layer)
+        for part in (q, scale, zero):  # one thread: in this order
+            self._hand_over(part, lambda host: digests.append(digest(host)))
 
     def forget(self) -> None:
         """Drops what was added since the last commit: it will be added again."""
@@ -217,6 +230,7 @@ class CheckpointWriter:
             self._journal.append({"tensors": listed, "layers": layers, "data": data})
             self._staging.keep = self._keep
 
+        self._make_room(0)
         self._submit(write, 0)
 
     def _write(self, name: str, host: Tensor) -> None:
@@ -224,7 +238,18 @@ class CheckpointWriter:
         shards.write_at(handle, shards.raw(host), offset)
         self._digests[name] = digest(host)
 
-    def _submit(self, work: Callable[[], None], size: int) -> None:
+    def _hand_over(self, tensor: Tensor, work: Callable[[Tensor], object], fixed: bool = False) -> None:
+        """Has the thread do `work` with what is in `tensor` now, contiguous in host memory."""
+        self._make_room(tensor.nbytes)
+        landing = self._outgoing.take(tensor)
+        if landing is not None:
+            self._submit(lambda: work(landing.wait()), tensor.nbytes, landing.release)
+            return
+        host = tensor.detach() if fixed and _lies_ready(tensor) else _on_host(tensor)
+        self._submit(lambda: work(host), host.nbytes)
+
+    def _make_room(self, size: int) -> None:
+        """Waits until `size` more bytes may wait. Errors: that of an earlier write."""
         self._raise()
         while self._waiting and (
             self._waiting[0][0].done() or sum(count for _, count in self._waiting) + size > _WAITING
@@ -232,13 +257,19 @@ class CheckpointWriter:
             self._waiting.popleft()[0].result()
             self._raise()
 
+    def _submit(
+        self, work: Callable[[], object], size: int, after: Callable[[], object] = lambda: None
+    ) -> None:
+        """Has the thread do `work`, unless an earlier one failed, and `after` in any case."""
+
         def guarded() -> None:
-            if self._error is not None:
-                return  # nothing may be listed after a write that failed
             try:
-                work()
+                if self._error is None:  # nothing may be listed after a write that failed
+                    work()
             except OSError as error:
                 self._error = failure(error, self._staging.target.parent, size)
+            finally:
+                after()
 
         self._waiting.append((self._thread.submit(guarded), size))
 

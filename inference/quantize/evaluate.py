@@ -69,6 +69,14 @@ class QuantizedSource(Source):
         """One tensor; the weight of a quantized linear in float32. Errors: `WorkError`."""
         return self.saved.read(stored, device)
 
+    def _weights_dtype(self, stored: str) -> torch.dtype:
+        return torch.float32  # without unpacking it
+
+    def ahead(self, index: int, device: torch.device) -> None:
+        """As of any `Source`; what is read ahead are the packed tensors."""
+        if index < len(self.blocks):
+            self.saved.ahead(self.stored_name(f"{self.blocks[index]}."), device)
+
 
 # -- measuring
 
@@ -96,6 +104,8 @@ def measure(
     models = [source, QuantizedSource(source, quantized)]
     if len(models[1].blocks) != len(source.blocks):
         raise InputError(f"{quantized} has another number of blocks than its source: is it of another model?")
+    for model in models:
+        model.ahead(0, device)
     home = _home(source, tokens, device, dtype)
     widest = max(max(linear.in_features, linear.out_features) for linear in source.linears(0))
     entered = [capture.embed(model, tokens, home, device, dtype) for model in models]
@@ -104,6 +114,7 @@ def measure(
         for model, (states, calls) in zip(models, entered, strict=True):
             block = model.modules[index]
             model.load(block, name, device, dtype)
+            model.ahead(index + 1, device)
             capture.replay(block, name, states, calls.kwargs[index], batch)
             model.release(block)
         if on_block is not None:

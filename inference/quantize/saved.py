@@ -6,6 +6,7 @@ Shares no code with `packing.py` on purpose: an error there must show in what is
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from errors import InputError, WorkError, one_line
 from source import read_json, tensor_files
+from transfer import Incoming
 
 # What a linear's packed integers are called after its name.
 _MARKERS = {"awq": "qweight", "gptq": "qweight", "compressed-tensors": "weight_packed"}
@@ -67,6 +69,15 @@ class Saved:
         self.files = {name: file for name, file in self._stored.items() if name not in packed}
         self.files |= {f"{linear}.weight": self._stored[linear + end] for linear in self.linears}
         self._handles: dict[Path, Any] = {}
+        self._incoming = Incoming(self._mapped)
+
+    def ahead(self, prefix: str, device: torch.device) -> None:
+        """Begins to read all tensors whose names begin with `prefix`, packed as they are, for `read` on `device`.
+
+        As `source.Source.ahead`.
+        """
+        if self._incoming.serves(device):
+            self._incoming.begin(name for name in self._stored if name.startswith(prefix))
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor on `device`. Errors: `WorkError`, naming tensor and shard."""
@@ -95,6 +106,11 @@ class Saved:
             raise WorkError(f"{linear} cannot be unpacked: {one_line(error)}") from None
 
     def _tensor(self, name: str, device: torch.device | str) -> Tensor:
+        place = torch.device(device)
+        tensor = self._incoming.take(name, place)
+        return self._mapped(name).to(place) if tensor is None else tensor
+
+    def _mapped(self, name: str) -> Tensor:
         file = self._stored.get(name)
         if file is None:
             raise WorkError(f"{self.directory} has no tensor {name}: write it again")
@@ -106,7 +122,7 @@ class Saved:
             raise WorkError(
                 f"cannot read {name} from {file.name} ({one_line(error)}): write it again"
             ) from None
-        return tensor.to(device)
+        return tensor
 
 
 def _bits(layout: str, settings: dict[str, Any]) -> int:
@@ -136,7 +152,9 @@ def _bits(layout: str, settings: dict[str, Any]) -> int:
 
 
 def _stream(words: Tensor, bits: int) -> Tensor:
-    """int32 (rows, n) -> int64 (rows, values): a little-endian bit stream along each row, to its end."""
+    """int32 (rows, n) -> integers (rows, values): a little-endian bit stream along each row, to its end."""
+    if 32 % bits == 0:  # no value crosses a word's border
+        return _padded(words, bits)
     rows, columns = words.shape
     whole = -(-columns // bits) * bits  # 32 values fill `bits` words
     words = torch.nn.functional.pad(words, (0, whole - columns)).to(torch.int64) & 0xFFFFFFFF
@@ -149,15 +167,24 @@ def _stream(words: Tensor, bits: int) -> Tensor:
 
 def _padded(words: Tensor, bits: int) -> Tensor:
     """The same where each word holds `32 // bits` values and idle bits: compressed-tensors before 0.18."""
-    shifts = torch.arange(32 // bits, device=words.device) * bits
-    wide = words.to(torch.int64)[:, :, None] & 0xFFFFFFFF
-    return torch.bitwise_and(wide >> shifts, 2**bits - 1).flatten(1)
+    return _in_words(words, _shifts(tuple(range(0, 32 - bits + 1, bits)), words.device), bits)
 
 
 def _awq_columns(words: Tensor) -> Tensor:
-    """int32 (rows, n / 8) -> int64 (rows, n)."""
-    shifts = 4 * torch.tensor(_AWQ_PLACES, device=words.device)
-    return torch.bitwise_and(words.to(torch.int64)[:, :, None] >> shifts, 15).flatten(1)
+    """int32 (rows, n / 8) -> int32 (rows, n)."""
+    return _in_words(words, _shifts(tuple(4 * place for place in _AWQ_PLACES), words.device), 4)
+
+
+@cache
+def _shifts(bits: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32, on the device: made once, since the way there waits for what is going on."""
+    return torch.tensor(bits, dtype=torch.int32, device=device)
+
+
+def _in_words(words: Tensor, shifts: Tensor, bits: int) -> Tensor:
+    """The values that begin at `shifts` in each word, one after another. The sign spreads beyond what is kept."""
+    values = words[:, :, None] >> shifts
+    return values.bitwise_and_(2**bits - 1).flatten(1)
 
 
 def _slices(rows: int, width: int) -> list[tuple[int, int]]:
@@ -167,9 +194,26 @@ def _slices(rows: int, width: int) -> list[tuple[int, int]]:
 
 def _groups(width: int, count: int, device: torch.device) -> Tensor:
     """int64 (width,): the group of each channel where groups lie one after another."""
+    return torch.arange(width, device=device) // _size(width, count)
+
+
+def _size(width: int, count: int) -> int:
+    """Channels of a group. Errors: `ValueError` where they do not fill the width."""
     if count == 0 or width % count:
         raise ValueError(f"{count} groups do not divide {width} channels")
-    return torch.arange(width, device=device) // (width // count)
+    return width // count
+
+
+def _scaled(q: Tensor, zeros: Tensor, scales: Tensor, group: Tensor | None) -> Tensor:
+    """`(q - z) * s`, float32 (rows, width), from integers (rows, width); zeros, scales: (rows, groups).
+
+    group: that of each channel; None where they lie one after another, which spares looking them up.
+    """
+    if group is not None:
+        return q.float().sub_(zeros[:, group]).mul_(scales[:, group])
+    size = _size(q.shape[1], scales.shape[1])
+    parts = q.float().view(q.shape[0], -1, size)
+    return parts.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).flatten(1)
 
 
 def _awq(parts: dict[str, Tensor]) -> Tensor:
@@ -181,7 +225,8 @@ def _awq(parts: dict[str, Tensor]) -> Tensor:
     group = _groups(width, scales.shape[0], words.device)
     weight = torch.empty((out, width), device=words.device)
     for a, b in _slices(width, out):
-        weight[:, a:b] = ((_awq_columns(words[a:b]).float() - zeros[group[a:b]]) * scales[group[a:b]]).T
+        part = group[a:b]
+        weight[:, a:b] = _awq_columns(words[a:b]).float().sub_(zeros[part]).mul_(scales[part]).T
     return weight
 
 
@@ -191,16 +236,18 @@ def _gptq(parts: dict[str, Tensor], bits: int, less: int, act_order: bool) -> Te
     zeros = ((_stream(parts["qzeros"], bits)[:, :out] + less) % 2**bits).float()
     if scales.shape != zeros.shape or scales.shape[1] != out:
         raise ValueError(f"scales {tuple(scales.shape)}, zero points {tuple(zeros.shape)} for {out} outputs")
-    group = parts["g_idx"].long() if "g_idx" in parts else _groups(width, scales.shape[0], words.device)
+    plain = _groups(width, scales.shape[0], words.device) if not act_order or "g_idx" not in parts else None
+    group = parts["g_idx"].long() if "g_idx" in parts else plain
+    assert group is not None
     if group.shape != (width,) or bool(((group < 0) | (group >= scales.shape[0])).any()):
         raise ValueError(f"g_idx does not give one of {scales.shape[0]} groups to each of {width} channels")
-    if not act_order and not torch.equal(group, _groups(width, scales.shape[0], group.device)):
+    if plain is not None and not torch.equal(group, plain):
         raise ValueError("g_idx is not trivial where the config says desc_act false: readers ignore it")
     weight = torch.empty((out, width), device=words.device)
     turned, scales, zeros = words.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
     for a, b in _slices(out, width):
-        q = _stream(turned[a:b], bits)[:, :width].float()
-        weight[a:b] = (q - zeros[a:b][:, group]) * scales[a:b][:, group]
+        q = _stream(turned[a:b], bits)[:, :width]
+        weight[a:b] = _scaled(q, zeros[a:b], scales[a:b], None if plain is not None else group)
     return weight
 
 
@@ -217,7 +264,7 @@ def _compressed(parts: dict[str, Tensor], bits: int) -> Tensor:
         raise ValueError(f"weight_packed {tuple(words.shape)} does not hold {(out, width)} at {bits} bits")
     if scales.ndim != 2 or scales.shape[0] != out:
         raise ValueError(f"weight_scale {tuple(scales.shape)} for {out} outputs")
-    group = _groups(width, scales.shape[1], words.device)
+    _size(width, scales.shape[1])
     zeros = torch.full_like(scales, 2 ** (bits - 1))
     if "weight_zero_point" in parts:
         zeros = values(parts["weight_zero_point"].T.contiguous(), bits)[:, :out].T.float()
@@ -225,6 +272,5 @@ def _compressed(parts: dict[str, Tensor], bits: int) -> Tensor:
             raise ValueError(f"weight_zero_point is for {tuple(zeros.shape)}, not {tuple(scales.shape)}")
     weight = torch.empty((out, width), device=words.device)
     for a, b in _slices(out, width):
-        q = values(words[a:b], bits)[:, :width].float()
-        weight[a:b] = (q - zeros[a:b][:, group]) * scales[a:b][:, group]
+        weight[a:b] = _scaled(values(words[a:b], bits)[:, :width], zeros[a:b], scales[a:b], None)
     return weight

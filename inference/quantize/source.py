@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import shards
 from allocation import AllocationLimit, TooLarge
 from errors import FinalError, InputError, WorkError, is_failure, one_line
+from transfer import Incoming
 from untrusted import (
     check_counts,
     check_files,
@@ -245,9 +246,10 @@ class Source:
         self.list_name, self.modules = _find_blocks(skeleton, config)
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
         self._handles: dict[Path, Any] = {}
+        self._incoming = Incoming(self._mapped)
         self._cleaned: Scratch | None = None
         self._prefix = self._name_shift()
-        self.dtype = self.read(self.stored_name(f"{self.linears(0)[0].name}.weight")).dtype
+        self.dtype = self._weights_dtype(self.stored_name(f"{self.linears(0)[0].name}.weight"))
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise InputError(f"weights are {self.dtype}: give a model in FP16, BF16 or FP32")
 
@@ -352,17 +354,45 @@ class Source:
         return self._handles[path]
 
     def read(self, stored: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor as stored. Errors: `WorkError` naming shard and tensor."""
+        """One tensor as stored, read ahead or now. Errors: `WorkError` naming shard and tensor."""
+        place = torch.device(device)
+        try:
+            tensor = self._incoming.take(stored, place)
+            return self._mapped(stored).to(place) if tensor is None else tensor
+        except RuntimeError as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise WorkError(
+                f"cannot read {stored} from {self.files[stored].name}: {one_line(error)}"
+            ) from None
+
+    def _weights_dtype(self, stored: str) -> torch.dtype:
+        return self._mapped(stored).dtype
+
+    def _mapped(self, stored: str) -> Tensor:
+        """One tensor in the mapped file's own memory. Errors as in `read`."""
         path = self.files.get(stored)
         if path is None:
             raise WorkError(f"the checkpoint has no tensor {stored}: download the model again")
         try:
             tensor: Tensor = self._handle(path).get_tensor(stored)
-            return tensor.to(device)
         except (SafetensorError, OSError, RuntimeError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
             raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
+        return tensor
+
+    def ahead(self, index: int, device: torch.device) -> None:
+        """Begins to read block `index`, in the background, which `load` then finds in pinned host memory.
+
+        For whoever is about to work on the block before: what is read ahead is dropped by the next call. Nothing
+        happens past the last block, on the CPU, and where host memory is short. Errors are raised by `load`.
+        """
+        if index < len(self.blocks) and self._incoming.serves(device):
+            self._incoming.begin(self._names_of(index))
+
+    def _names_of(self, index: int) -> list[str]:
+        """What is in the files of block `index`."""
+        prefix = self.stored_name(f"{self.blocks[index]}.")
+        return [name for name in self.files if name.startswith(prefix)]
 
     def describe(self, stored: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """dtype and shape of one tensor, from its file's header. Errors: `WorkError` naming shard and tensor."""
@@ -394,6 +424,7 @@ class Source:
 
         Errors: `WorkError` for a shape that is not the config's, `FinalError` for a weight that is NaN or infinite.
         """
+        finite: dict[str, Tensor] = {}
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             full = f"{prefix}.{name}" if prefix else name
             tensor = self.read(self._tied(full), device)
@@ -403,8 +434,7 @@ class Source:
                 )
             # Never the mapped file's own memory: what is written into it would be read again.
             tensor = tensor.to(dtype, copy=tensor.device.type == "cpu")
-            if not bool(torch.isfinite(tensor).all()):
-                raise FinalError(f"{full} has NaN or infinite weights: the {self.what} is broken")
+            finite[full] = torch.isfinite(tensor).all()
             _set(module, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in list(module.named_buffers()):
             stored = self.stored_name(f"{prefix}.{name}" if prefix else name)
@@ -413,6 +443,10 @@ class Source:
             if persistent and stored in self.files:
                 buffer = self.read(stored)
             module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        # Asked at the end: each answer waits for the device.
+        if finite and not bool(torch.stack(list(finite.values())).all()):
+            broken = next(name for name, each in finite.items() if not bool(each))
+            raise FinalError(f"{broken} has NaN or infinite weights: the {self.what} is broken")
 
     def _tied(self, parameter: str) -> str:
         """The stored name of a parameter. Errors: `InputError` for an output head that is nowhere.
