@@ -29,6 +29,8 @@ from shards import Planned
 from transfer import Outgoing
 
 _WAITING = 512 << 20  # bytes that may wait for the thread
+_READERS = 4  # threads that compare what is read back
+_PIECE = 1 << 22  # values looked at together
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -285,8 +287,11 @@ class CheckpointWriter:
 
     # -- the end
 
-    def complete(self, layout: str, bits: int, group_size: int) -> None:
-        """Waits, reads every shard back, compares it with what was handed in, and makes it durable."""
+    def complete(self, layout: str, bits: int, group_size: int, device: torch.device | str = "cpu") -> None:
+        """Waits, reads every shard back, compares it with what was handed in, and makes it durable.
+
+        device: where remembered layers are unpacked.
+        """
         self.wait()
         missing = set(self._plan) - set(self._digests)
         if missing:
@@ -294,15 +299,27 @@ class CheckpointWriter:
         parts: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._layers}
         for shard in self._shards:
             try:
-                with safe_open(self.directory / shard.file, framework="pt") as stored:
+                with (
+                    safe_open(self.directory / shard.file, framework="pt") as stored,
+                    ThreadPoolExecutor(_READERS, thread_name_prefix="read-back") as readers,
+                ):
                     found = set(stored.keys())
                     for name in shard.offsets:
                         if name not in found:
                             raise WorkError(
                                 f"{name} is missing in {shard.file}: check the disk and run again"
                             )
-                        tensor = stored.get_tensor(name)
-                        self._compare(name, tensor, shard.file)
+                    tensors = {name: stored.get_tensor(name) for name in shard.offsets}
+                    compared = [
+                        readers.submit(self._compare, name, tensor, shard.file)
+                        for name, tensor in tensors.items()
+                    ]
+                    try:
+                        for future in compared:
+                            future.result()
+                    finally:
+                        readers.shutdown(wait=True, cancel_futures=True)
+                    for name, tensor in tensors.items():
                         layer, _, suffix = name.rpartition(".")
                         if layer in parts and suffix in SUFFIXES[layout]:
                             parts[layer][suffix] = tensor
@@ -310,15 +327,17 @@ class CheckpointWriter:
                 raise WorkError(
                     f"{shard.file} cannot be read back ({error}): check the disk and run again"
                 ) from None
-        for layer, tensors in parts.items():
+        for layer, packed in parts.items():
             try:
-                unpacked = unpack(layout, tensors, bits, group_size)
+                unpacked = unpack(
+                    layout, {suffix: tensor.to(device) for suffix, tensor in packed.items()}, bits, group_size
+                )
             except (KeyError, ValueError) as error:
                 raise WorkError(f"{layer} cannot be unpacked from the files written: {error}") from None
             for what, tensor, expected in zip(
                 ("integers", "scales", "zero points"), unpacked, self._layers[layer], strict=True
             ):
-                if digest(tensor) != expected:
+                if digest(tensor.cpu()) != expected:
                     raise WorkError(f"{layer}: the {what} in the files are not those that were computed")
         try:
             sync(self.directory)
@@ -334,5 +353,8 @@ class CheckpointWriter:
             )
         if digest(tensor) != self._digests[name]:
             raise WorkError(f"{name} in {file} differs from what was written: check the disk and run again")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # In pieces: what is asked of each value takes memory, of an embedding more than is held of it.
+        if tensor.is_floating_point() and not all(
+            bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.reshape(-1), _PIECE)
+        ):
             raise WorkError(f"{name} has NaN or infinite values: the checkpoint is not published")

@@ -6,7 +6,8 @@
 - `gptq` (AutoGPTQ v1; 2, 3, 4, 8 bits): a little-endian bit stream along `in`; zero points less one.
 - `compressed-tensors` (`pack-quantized`, 2 to 8 bits): packed and described by that library itself.
 
-Knows tensors and the shape of `quantization_config`; no files, no models.
+Knows tensors and the shape of `quantization_config`; no files, no models. `compressed_tensors` takes long to import:
+that is done where it is used.
 """
 
 from __future__ import annotations
@@ -16,13 +17,6 @@ import math
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-)
 from torch import Tensor
 
 from errors import InputError
@@ -201,6 +195,8 @@ def planned(
 
 
 def _pack_compressed(q: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> dict[str, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     middle = 2 ** (bits - 1)
     rows = max(1, _SLICE // q.shape[1])
     # The library's integers are signed; uint8 subtraction wraps to their two's complement.
@@ -241,6 +237,8 @@ def unpack(
 
 
 def _unpack_compressed(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     middle = 2 ** (bits - 1)
     out, width = (int(n) for n in tensors["weight_shape"])
     scale, packed = tensors["weight_scale"], tensors["weight_packed"]
@@ -302,6 +300,13 @@ def quantization_config(
             "lm_head": False,
             "checkpoint_format": "gptq",
         }
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
     weights = QuantizationArgs(
         num_bits=bits,
         type="int",

@@ -130,7 +130,8 @@ def _write_checkpoint(run: Run, windows: Windows, staging: Staging) -> int:
         staging.write_json("config.json", config_json(run))
         quantize_blocks(run, windows, writer, kept, batch)
         _copy_side_files(run, staging)
-        writer.complete(config.file_layout, config.bits, config.group_size)
+        with run.stage("reading back"):
+            writer.complete(config.file_layout, config.bits, config.group_size, run.device)
     return writer.tensor_bytes
 
 
