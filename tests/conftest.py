@@ -10,6 +10,7 @@ from typing import Any
 
 # Small operations on a busy machine: threads that wait for each other take ten times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("LLM_QUANTIZE_DEBUG", None)  # would show tracebacks where one line is tested
 
 import pytest
 import torch

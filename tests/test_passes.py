@@ -173,13 +173,12 @@ def test_what_is_given_up_ends(opened: Callable[[str], Opened]) -> None:
 
 
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = nn.Linear(64, 32)
-    assert passes.room(CPU, None, [linear]) > 0
+    assert passes.room(CPU, None, 64, 2048) > 0
     monkeypatch.setattr(capture, "free_memory", lambda device, limit: limit or 1e9)
     cuda = torch.device("cuda", 0)
-    solving = 4 * (2.5 * 64**2 + 6 * 64 * 32)
-    assert passes.room(cuda, None, [linear]) == pytest.approx(0.6 * (1e9 - solving))
-    assert passes.room(cuda, 10.0, [linear]) == 0
+    solving = 4 * (2.5 * 64**2 + 6 * 2048)
+    assert passes.room(cuda, None, 64, 2048) == pytest.approx(0.6 * (1e9 - solving))
+    assert passes.room(cuda, 10.0, 64, 2048) == 0
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ from job import Run
 from moments import SecondMoment
 from passes import Passes, walk
 from resume import KeptStates
-from solve import BlockChanges, LayerReport, Moments, solve_block
+from solve import STACK, BlockChanges, LayerReport, Moments, solve_block
 from source import Source
 
 
@@ -112,7 +112,9 @@ def _block(
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
     stops = [paths[0] for paths in groups]
-    room = passes.room(run.device, run.config.max_memory, [_linear(block, path) for path in stops])
+    widest = max(_linear(block, path).in_features for path in stops)
+    largest = max(sum(_linear(block, path).weight.numel() for path in paths) for paths in groups)
+    room = passes.room(run.device, run.config.max_memory, widest, min(largest, STACK))
     follower = None
     if reference is not None:
         within = partial(run.stage, "capture")

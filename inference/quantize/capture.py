@@ -313,8 +313,9 @@ class MicroBatch:
         if tokens is None:
             tokens = 8192
             if device.type == "cuda":
-                # A token costs a dozen or so half-precision values of the widest layer at the worst moment.
-                tokens = int(min(65536, 0.5 * free_memory(device, limit) / (widest * 2 * 8)))
+                # Beside a second moment, a token costs half a dozen half-precision values of the widest layer.
+                free = free_memory(device, limit) - 4 * widest**2
+                tokens = int(min(65536, max(0.0, 0.7 * free) / (widest * 2 * 6)))
         self.windows = max(1, tokens // length)
 
     def halve(self) -> bool:

@@ -202,12 +202,12 @@ def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, 
         start = stop
 
 
-def room(device: torch.device, limit: float | None, linears: Sequence[nn.Linear]) -> float:
-    """Bytes that halted passes may hold beside what solving the widest of `linears` takes; `limit` as for
-    `capture.free_memory`."""
+def room(device: torch.device, limit: float | None, widest: int, largest: int) -> float:
+    """Bytes that halted passes may hold beside what solving takes.
+
+    `limit` as for `capture.free_memory`; widest: input channels; largest: weights that are rounded together.
+    """
     if device.type == "cuda":
-        widest = max(linear.in_features for linear in linears)
-        largest = max(linear.weight.numel() for linear in linears)
         # The second moment, its factor and a quarter; weights, rounded weights, errors and integers.
         solving = 4 * (2.5 * widest**2 + 6 * largest)
         return SHARE * max(0.0, capture.free_memory(device, limit) - solving)

@@ -22,6 +22,7 @@ from follow import Drift, Follower
 from gptq_solver import Factor, NotFactorizable, aim, compensate, descend, factorize, output_error
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, round_to_nearest, search_grid
 
+STACK = 1 << 28  # weights that are rounded together at most
 REPORT_ROWS = 256  # rows of a layer on which its output error is told
 
 
@@ -156,11 +157,8 @@ def solve_block(
                     divisors[fold.source] = folded.rows
                 scale_(problem.H, problem.factor, folded.channels)
                 weights = [W * folded.channels for W in weights]
-        shared = (time.perf_counter() - start) / len(paths)
-        for path, W in zip(paths, weights, strict=True):
-            start = time.perf_counter()
-            yield _round(block, name, path, W, problem, options, exponent, shared, start)
-        del problem, weights, W  # before the next group's moment takes their place
+        yield from _round(block, name, paths, weights, problem, options, exponent, start)
+        del problem, weights  # before the next group's moment takes their place
 
 
 def _solve_following(
@@ -204,13 +202,12 @@ def _solve_following(
         start = time.perf_counter()
         width = _linear(block, paths[0]).in_features
         problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.device)
-        shared = (time.perf_counter() - start) / len(paths)
-        for path in paths:
-            start = time.perf_counter()
-            W = scales[path].apply(follower.weight(path))
-            if drift is not None and problem.factor is not None:
-                W = aim(W, _missed(W, drift), problem.factor)
-            yield _round(block, name, path, W, problem, options, exponents.get(path), shared, start)
+        weights = [scales[path].apply(follower.weight(path)) for path in paths]
+        if drift is not None and problem.factor is not None:
+            weights = [aim(W, _missed(W, drift), problem.factor) for W in weights]
+        del drift
+        yield from _round(block, name, paths, weights, problem, options, exponents.get(paths[0]), start)
+        del problem, weights
 
 
 @dataclass(slots=True)
@@ -244,30 +241,65 @@ def _choose(
 def _round(
     block: nn.Module,
     name: str,
-    path: str,
-    W: Tensor,
+    paths: list[str],
+    weights: list[Tensor],
     problem: _Problem,
     options: SolveOptions,
     exponent: float | None,
-    shared: float,
     start: float,
-) -> Solved:
-    """Rounds one linear and puts what the file will hold into the block. `start`: when the work on it began."""
-    module = _linear(block, path)
-    q, grid, g_idx, V = problem.solve(W, options.spec(W.shape[1]), options)
-    sample = slice(None, None, max(1, W.shape[0] // REPORT_ROWS))
-    error = output_error(W[sample], V[sample], problem.H)
-    module.weight.copy_(V.to(module.weight.dtype))
-    report = LayerReport(
-        f"{name}.{path}",
-        error,
-        problem.damping,
-        problem.dead,
-        exponent,
-        problem.fallback,
-        shared + time.perf_counter() - start,
-    )
-    return Solved(path, q, grid, g_idx, report)
+) -> Iterator[Solved]:
+    """Rounds the linears of one input and puts what the file will hold into the block; `weights` are used up.
+
+    They are rounded as rows of one matrix where that is not too large: a column takes as long for few rows as for many.
+    `start`: when the work on them began.
+    """
+    seconds = (time.perf_counter() - start) / len(paths)
+    for part in _stacks(weights):
+        start = time.perf_counter()
+        rows = [weights[i].shape[0] for i in part]
+        W = torch.cat([weights[i] for i in part]) if len(part) > 1 else weights[part[0]]
+        for i in part:
+            weights[i] = W.new_empty(0)
+        q, grid, g_idx, V = problem.solve(W, options.spec(W.shape[1]), options)
+        solved = []
+        pieces = zip(
+            torch.split(W, rows), torch.split(V, rows), torch.split(q, rows), _split(grid, rows), strict=True
+        )
+        for i, (W_one, V_one, q_one, grid_one) in zip(part, pieces, strict=True):
+            sample = slice(None, None, max(1, W_one.shape[0] // REPORT_ROWS))
+            error = output_error(W_one[sample], V_one[sample], problem.H)
+            weight = _linear(block, paths[i]).weight
+            weight.copy_(V_one.to(weight.dtype))
+            report = LayerReport(
+                f"{name}.{paths[i]}",
+                error,
+                problem.damping,
+                problem.dead,
+                exponent,
+                problem.fallback,
+                seconds,
+            )
+            solved.append(Solved(paths[i], q_one, grid_one, g_idx, report))
+        del W, V
+        for one in solved:
+            one.report.seconds += (time.perf_counter() - start) / len(part)
+        yield from solved
+
+
+def _stacks(weights: list[Tensor]) -> list[list[int]]:
+    """Numbers of the weights that are rounded together, in order."""
+    parts: list[list[int]] = [[]]
+    for i, W in enumerate(weights):
+        if parts[-1] and sum(weights[j].numel() for j in parts[-1]) + W.numel() > STACK:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def _split(grid: Grid, rows: list[int]) -> list[Grid]:
+    return [
+        Grid(s, z) for s, z in zip(torch.split(grid.scale, rows), torch.split(grid.zero, rows), strict=True)
+    ]
 
 
 def _linear(block: nn.Module, path: str) -> nn.Linear:
