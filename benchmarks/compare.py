@@ -36,7 +36,7 @@ libraries.LIBRARIES[PEER] = libraries.Library(
 )
 # What a library does between its first and its last look at the weights; the native stages of the same name are those
 # of blocks.py. Packing belongs to it everywhere, writing files only where it cannot be told apart (native).
-WORK = ("quantize", "embed", "capture", "solve and write", "replay")
+WORK = ("quantize", "embed", "capture", "solve", "pack", "replay")
 TITLES = {"native": "this program"}
 
 

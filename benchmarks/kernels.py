@@ -3,7 +3,8 @@
     uv run python benchmarks/kernels.py
 
 The floor of a step is its least arithmetic over the rate that this GPU reaches in one large matrix product
-of the same kind, measured here; for the loops over columns it is one read and one write of the weights.
+of the same kind, measured here, a float32 product of the factorization counting as three in TF32; for the loops over
+columns it is one read and one write of all that they touch.
 Compiling the kernels is not timed. Exit code 1 where a check fails.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
+import awq_search
+import dense
 import gptq_solver
 import grid
 import kernels
@@ -47,10 +51,8 @@ def product_rate(dtype: torch.dtype, *, tf32: bool = False) -> float:
     """Operations a second of a large product."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    seconds = timed(lambda: a @ b)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return 2 * n**3 / seconds
+    with kernels.tensor_cores() if tf32 else nullcontext():
+        return 2 * n**3 / timed(lambda: a @ b)
 
 
 def copy_rate() -> float:
@@ -71,73 +73,136 @@ def inputs(width: int, tokens: int) -> Tensor:
     return (0.3 * x).to(torch.float16)
 
 
-def _inverse(L: Tensor) -> None:
-    kernels.lower_inverse_(L.clone())
+def _cholesky(A: Tensor, H: Tensor) -> None:
+    A.copy_(H)
+    dense.cholesky_(A)
 
 
-def solve_width(width: int, out: int, rates: dict[str, float]) -> Tensor:
-    """Times everything for W (out, width); returns its H."""
+def _inverse(A: Tensor, L: Tensor) -> None:
+    A.copy_(L)
+    dense.lower_inverse_(A)
+
+
+def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
+    """Times the factorization of `H` (n, n) and its parts; the floor is three products on the tensor cores."""
+    n = H.shape[0]
+    floor = 3 * n**3 / 3 / rates["tf32"]
+    A = torch.empty_like(H)
+    copying = timed(partial(A.copy_, H), 1)
+    plain = dense.PANEL
+    for panel in PANELS:
+        dense.PANEL = panel
+        row(f"Cholesky of {n} by panels of {panel}", timed(partial(_cholesky, A, H), 1) - copying, floor)
+    dense.PANEL = plain
+    _cholesky(A, H)
+    L = A.clone()
+    if n <= HIDDEN:
+        row("  the library's", timed(partial(torch.linalg.cholesky_ex, H), 1), floor)
+    row(f"inverse of its factor of {n}", timed(partial(_inverse, A, L), 1) - copying, floor)
+    del A, L
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    factor = gptq_solver.factorize(H, 0.0, act_order=True)
+    used = (torch.cuda.max_memory_allocated() - base) / (n * n * 4)
+    seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True), 1)
+    row(f"factorize {n} (all of it)", seconds, 2 * floor)
+    print(f"  beside H it took {used:.2f} of its size", flush=True)
+    if n == MLP:
+        check("factor and a quarter of H, no more", used < 1.27)
+    return factor
+
+
+PANELS = (512, 1024, 2048)
+
+
+def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
+    """Times everything for W (out, width)."""
     label = f"{out} x {width}"
     moment = SecondMoment(width, "cuda")
-    seconds = timed(partial(moment.add, inputs(width, TOKENS)))
+    seconds = timed(partial(moment.add, inputs(width, TOKENS)), 2)
     row(f"second moment, {TOKENS} tokens of {width}", seconds, TOKENS * width * (width + 1) / rates["half"])
     H = moment.finish()
-
     gptq_solver.condition_(H, 0.1)
-    L = torch.linalg.cholesky(H)
-    row(
-        f"Cholesky of {width}",
-        timed(partial(torch.linalg.cholesky, H), 2),
-        width**3 / 3 / rates["single"],
-    )
-    row(
-        f"lower_inverse of {width}",
-        timed(partial(_inverse, L), 2),
-        width**3 / 3 / rates["single"],
-    )
-    del L
-    factor = gptq_solver.factorize(H, 0.0, act_order=True)
-    seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True), 2)
-    row(f"factorize {width} (all of it)", seconds, 2 * width**3 / 3 / rates["single"])
+    factor = factorization(H, rates)
 
     W = 0.02 * torch.randn(out, width, device="cuda")
     M = grid.metric_blocks(H, SPEC.group_size)
-    candidates = 2 * grid.SearchEffort().sweep + 2 * grid.SearchEffort().refits
+    tries = 2 * grid.SearchEffort().sweep + 2 * grid.SearchEffort().refits
     seconds = timed(lambda: grid.search_grid(W, M, SPEC), 2)
-    row(f"search {label}", seconds, 2.0 * candidates * SPEC.group_size * W.numel() / rates["tf32"])
+    row(f"search {label}", seconds, 2.0 * tries * SPEC.group_size * W.numel() / rates["tf32"])
     found = grid.search_grid(W, M, SPEC)
 
+    # The floor: the products on the tensor cores, and every weight read and written once.
+    pieces = range(0, width, gptq_solver.COLUMNS)
     seconds = timed(lambda: gptq_solver.compensate(W, found, SPEC, factor), 2)
-    row(f"compensate {label} (all of it)", seconds, 1.0 * out * width**2 / rates["single"])
+    floor = 1.0 * out * width**2 / rates["tf32"] + W.numel() * 13 / rates["copy"]
+    row(f"compensate {label} (all of it)", seconds, floor)
     scale, zero = found.scale.T.contiguous(), found.zero.T.contiguous()
-    group = torch.arange(width, device="cuda") // SPEC.group_size
+    group = torch.div(factor.order, SPEC.group_size, rounding_mode="floor")
     work, q = W.T.contiguous(), torch.empty(width, out, dtype=torch.uint8, device="cuda")
+    errors = torch.empty(gptq_solver.COLUMNS, out, device="cuda")
 
     def columns_alone() -> None:
-        for a in range(0, width, 128):
-            s = slice(a, a + 128)
-            kernels.compensate_columns(work[s], scale, zero, group[s], factor.R[s, s], SPEC.levels, q[s])
+        for a in pieces:
+            s = slice(a, a + gptq_solver.COLUMNS)
+            kernels.compensate_columns(
+                work[s], scale, zero, group[s], factor.R[s, s], SPEC.levels, q[s], errors
+            )
 
-    traffic = W.numel() * (4 + 4 + 4 + 1)
-    row("  of it the loops over columns", timed(columns_alone, 2), traffic / rates["copy"])
-    q = gptq_solver.compensate(W, found, SPEC, factor)
-    seconds = timed(lambda: gptq_solver.descend(W, q, found, SPEC, H, sweeps=1, refit=True), 1)
-    row(f"descend {label}, one sweep (all of it)", seconds, 4.0 * out * width**2 / rates["single"])
+    row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
+    done = gptq_solver.compensate(W, found, SPEC, factor)
 
-    descended, refitted = gptq_solver.descend(W, q, found, SPEC, H, sweeps=1, refit=True)
+    def descend(sweeps: int) -> tuple[Tensor, Grid]:
+        return gptq_solver.descend(W, done, found, SPEC, H, sweeps=sweeps, refit=True)
+
+    product = 2.0 * out * width**2 / rates["tf32"]  # the gradient at the start costs as much as a whole sweep
+    traffic = W.numel() * 10 / rates["copy"]
+    once, twice = timed(lambda: descend(1), 1), timed(lambda: descend(2), 1)
+    row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
+    row("  of it one more sweep", twice - once, product + traffic)
+    gradient, integers = torch.randn(width, out, device="cuda"), done.T.contiguous()
+
+    def descent_alone() -> None:
+        for a in pieces:
+            s, i = slice(a, a + gptq_solver.COLUMNS), a // SPEC.group_size
+            kernels.descend_columns(
+                gradient[s], None, scale[i], zero[i], H[s, s], SPEC.levels, integers[s], errors,
+                SPEC.scale_dtypes,
+            )  # fmt: skip
+
+    row("  of it the loops over columns", timed(descent_alone, 2), W.numel() * 10 / rates["copy"])
+
+    rows = torch.arange(width, device="cuda")
+    spec = GridSpec(bits=4, group_size=128, symmetric=False)
+    effort = grid.SearchEffort(8, 1)
+
+    def choose() -> object:
+        return awq_search.choose_scales(W, H, factor, rows, width, spec, effort)
+
+    # Compensation and one product with H for 256 rows and each candidate.
+    floor = 3.0 * 256 * len(awq_search.EXPONENTS) * width**2 / rates["tf32"]
+    row(f"AWQ's scales for {label}", timed(choose, 2), floor)
+
+    descended, refitted = descend(1)
     plain = grid.minmax_grid(W, SPEC)
     losses = [
         gptq_solver.output_error(W, grid.dequantize(integers, chosen, SPEC.group_size), H)
         for integers, chosen in (
             (grid.round_to_nearest(W, plain, SPEC), plain),
             (grid.round_to_nearest(W, found, SPEC), found),
-            (q, found),
+            (done, found),
             (descended, refitted),
+            descend(2),
         )
     ]
     print("  relative output error: " + " > ".join(f"{loss:.3e}" for loss in losses))
     check("each step lowers the error", sorted(losses, reverse=True) == losses)
-    return H
+
+
+def quadratic(W: Tensor, q: Tensor, chosen: Grid, H: Tensor) -> Tensor:
+    """The squared output error of each row, float64."""
+    E = (W - grid.dequantize(q, chosen, SPEC.group_size)).double()
+    return ((E @ H.double()) * E).sum(1)
 
 
 FAILED: list[str] = []
@@ -166,6 +231,13 @@ def check_against_float64() -> None:
     identity = R @ damped @ R.T  # R^T R = H^-1
     error = float((identity - torch.eye(width, device="cuda", dtype=torch.float64)).abs().max())
     check(f"R H R^T is the identity to 1e-3 ({error:.1e})", error < 1e-3)
+    exact = torch.linalg.cholesky(damped.flip(0, 1))
+    exact = torch.linalg.solve_triangular(exact, torch.eye(width, device="cuda").double(), upper=False)
+    exact = exact.flip(0, 1)
+    library = torch.linalg.cholesky(H.flip(0, 1))
+    library = torch.linalg.solve_triangular(library, torch.eye(width, device="cuda"), upper=False).flip(0, 1)
+    off, plain = (float((found.double() - exact).norm() / exact.norm()) for found in (R, library))
+    check(f"R is off by {off:.1e}, with the library's float32 by {plain:.1e}", off < 4 * plain)
 
     W = 0.02 * torch.randn(out, width, device="cuda")
     M = grid.metric_blocks(H, SPEC.group_size)
@@ -203,6 +275,20 @@ def check_against_float64() -> None:
         f"compensate: {same:.2%} of integers as float64, error {ours / theirs:.5f} of its",
         abs(ours / theirs - 1) < 2e-3,
     )
+
+    # Descent beside its twin on the CPU's float32: no row may lose, and the two must end alike.
+    form = quadratic(W, q, fast, H)
+    descended, refitted = gptq_solver.descend(W, q, fast, SPEC, H, sweeps=2, refit=True)
+    after = quadratic(W, descended, refitted, H)
+    worst = float((after / form).max())
+    check(f"descend: no row's error grows (at most {worst:.6f} of what it was)", worst < 1 + 1e-4)
+    few = slice(0, 64)
+    on_cpu = Grid(fast.scale[few].cpu(), fast.zero[few].cpu())
+    twin, its = gptq_solver.descend(W[few].cpu(), q[few].cpu(), on_cpu, SPEC, H.cpu(), sweeps=2, refit=True)
+    moved = Grid(its.scale.cuda(), its.zero.cuda())
+    alike = float((descended[few].cpu() == twin).float().mean())
+    end = float(after[few].sum() / quadratic(W[few], twin.cuda(), moved, H).sum())
+    check(f"descend: {alike:.2%} of integers as the twin, error {end:.5f} of its", abs(end - 1) < 2e-3)
 
 
 def main() -> int:

@@ -31,6 +31,7 @@ from folds import find_folds
 from follow import Follower
 from grid import Grid, GridSpec, SearchEffort, minmax_grid
 from moments import SecondMoment
+from passes import Passes, walk
 from solve import BlockChanges, Effort, SolveOptions, solve_block
 from source import Source
 
@@ -48,11 +49,13 @@ class Variant:
     minmax: bool = False
     nearest: bool = False
     aim: float = solve.AIM
+    at_once: bool = False  # moments of the block as it is, not in order
 
 
+ROOM = 8e9  # bytes of halted passes
 SEARCHED = Effort(SearchEffort(24, 2), sweeps=0, refit=False)
 DEFAULT, BEST = solve.EFFORTS["default"], solve.EFFORTS["best"]
-FOLLOWED = replace(DEFAULT, follow=True)
+FOLLOWED = replace(DEFAULT, follow=1.0)
 
 
 def variants() -> list[Variant]:
@@ -72,6 +75,7 @@ def variants() -> list[Variant]:
             gptq("GPTQ, searched", SEARCHED),
             gptq("GPTQ + 2 sweeps", replace(DEFAULT, refit=False)),
             gptq("GPTQ default", DEFAULT),
+            gptq("GPTQ default, not in order", DEFAULT, at_once=True),
             gptq("GPTQ default, no act order", DEFAULT, act_order=False),
             gptq("GPTQ default, damping 0.01", DEFAULT, damping=0.01),
             gptq("GPTQ default, damping 0.03", DEFAULT, damping=0.03),
@@ -109,7 +113,8 @@ def run(
     )
     result: dict[str, Tensor] = {}
     search, compensate, aim = solve.search_grid, solve.compensate, solve.AIM
-    reference = capture.copied(states) if variant.effort.follow else None
+    followed = variant.effort.followed(*windows.shape)
+    reference = capture.copied(states, followed) if followed else None
 
     def plain(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> Grid:
         return minmax_grid(W, spec)
@@ -123,23 +128,29 @@ def run(
         for index, name in enumerate(source.blocks):
             block = source.modules[index]
             source.load(block, name, device, torch.float32)
-            groups = capture.distinct_inputs(block, states, calls.kwargs[index])
+            kwargs = calls.kwargs[index]
+            groups = capture.distinct_inputs(block, states, kwargs)
+            widths = [block.get_submodule(paths[0]).in_features for paths in groups]
             folds = find_folds(block, source.config) if variant.awq else []
-            moments: list[Tensor | None] = [None] * len(groups)
-            if folds or reference is None:
-                sums = [SecondMoment(block.get_submodule(g[0]).in_features, device) for g in groups]
-                capture.capture(
-                    block, states, calls.kwargs[index], groups, batch, lambda i, x, sums=sums: sums[i].add(x)
-                )
-                moments = [s.finish() for s in sums]
-            follower = None
+            sums = [SecondMoment(width, device) for width in widths]
+            if folds or variant.at_once:
+                capture.capture(block, states, kwargs, groups, batch, lambda i, x, sums=sums: sums[i].add(x))
+            stops = [paths[0] for paths in groups]
+            onward: Passes | Follower = Passes(block, states, kwargs, stops, batch, ROOM)
             if reference is not None:
-                follower = Follower(block, reference, states, calls.kwargs[index], batch)
-            for _ in solve_block(block, name, groups, moments, folds, options, BlockChanges(), follower):
-                pass
-            capture.replay(block, name, states, calls.kwargs[index], batch)
-            if follower is not None:
-                follower.advance(name)
+                onward = Follower(block, reference, states, kwargs, groups, batch, ROOM)
+
+            def moments(group: int, onward: Any = onward, sums: Any = sums, folds: Any = folds) -> Tensor:
+                if not folds and not variant.at_once:
+                    for (reached,) in walk((onward,), group):
+                        sums[group].add(reached[0])
+                return sums[group].finish()
+
+            follower = onward if isinstance(onward, Follower) else None
+            with onward:
+                for _ in solve_block(block, name, groups, moments, folds, options, BlockChanges(), follower):
+                    pass
+                onward.advance(name)
             result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
             source.release(block)
     finally:

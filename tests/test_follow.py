@@ -15,7 +15,7 @@ from folds import find_folds
 from follow import Follower
 from gptq_solver import aim, factorize
 from models import CPU
-from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+from solve import EFFORTS, BlockChanges, SolveOptions, effort, solve_block
 from source import Source
 
 
@@ -75,36 +75,42 @@ def inputs(block: nn.Module, states: capture.States, kwargs: dict[str, Any], pat
     return seen[0].reshape(-1, seen[0].shape[-1]).double()
 
 
-def test_drift(opened: Any) -> None:
+@pytest.mark.parametrize("windows", [3, 6])  # of six, two at a time
+@pytest.mark.parametrize("room", [0.0, 1e9])
+def test_drift(room: float, windows: int, opened: Any) -> None:
     source, states, kwargs = opened("llama")
     block = source.modules[0]
-    reference = capture.copied(states)
+    reference = capture.copied(states, windows)
     states.data.add_(0.1 * torch.randn(states.data.shape, generator=torch.Generator().manual_seed(2)))
-    follower = Follower(block, reference, states, kwargs, capture.MicroBatch(CPU, 16, 64, tokens=32))
+    paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    batch = capture.MicroBatch(CPU, 16, 64, tokens=32)
+    follower = Follower(block, reference, states, kwargs, [[path] for path in paths], batch, room)
     with torch.no_grad():
         block.self_attn.v_proj.weight.mul_(1.2)  # as rounding would change it
     assert torch.equal(follower.weight("self_attn.v_proj") * 1.2, block.self_attn.v_proj.weight)
     channels = torch.linspace(1, 2, block.mlp.down_proj.in_features)
     for path, before, scale in (
         ("self_attn.o_proj", None, None),
-        ("mlp.down_proj", "post_attention_layernorm", channels),
         ("mlp.up_proj", "", None),
+        ("mlp.down_proj", "post_attention_layernorm", channels),
     ):
-        drift = follower.drift(block, [path], scale)
+        drift = follower.drift(paths.index(path), scale)
         assert drift is not None
         x, far = inputs(block, states, kwargs, path), inputs(follower.twin, reference, kwargs, path)
         if scale is not None:
             far = far / scale
-        tokens = x.shape[0]
-        assert torch.allclose(drift.H.double(), x.T @ x / tokens, atol=1e-5)
+        assert torch.allclose(drift.H.double(), x.T @ x / x.shape[0], atol=1e-5)
+        tokens = far.shape[0]
+        x = x[:tokens]
         assert torch.allclose(drift.inputs.double(), (far - x).T @ x / tokens, atol=1e-5)
         if before == "":
             assert drift.stream is None
             continue
         if before is None:
-            r, r_far = (s.data.reshape(tokens, -1).double() for s in (states, reference))
+            r, r_far = (s.data[:windows].reshape(tokens, -1).double() for s in (states, reference))
         else:
             r, r_far = inputs(block, states, kwargs, before), inputs(follower.twin, reference, kwargs, before)
+            r = r[:tokens]
         assert drift.stream is not None
         assert float((r_far - r).abs().max()) > 0.01
         assert torch.allclose(drift.stream.double(), (r_far - r).T @ x / tokens, atol=1e-5)
@@ -116,7 +122,7 @@ def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
     for aims in (False, True):
         source, states, kwargs = opened("llama")
         block = source.modules[0]
-        reference = capture.copied(states)
+        reference = capture.copied(states, len(states))
         states.data.mul_(1.3)  # what a linear can undo
         with torch.no_grad():
             expected = capture.forward(block, reference.data, kwargs)
@@ -125,12 +131,11 @@ def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
         )
         batch = capture.MicroBatch(CPU, 16, 64, tokens=32)
         groups = capture.distinct_inputs(block, states, kwargs)
-        follower = Follower(block, reference, states, kwargs, batch)
-        if not aims:
-            follower.reference = states
+        follower = Follower(block, reference if aims else states, states, kwargs, groups, batch, 1e9)
         folds = find_folds(block, source.config)
-        moments: list[Tensor | None] = [None] * len(groups)
-        solved = list(solve_block(block, "m", groups, moments, folds, options, BlockChanges(), follower))
+        solved = list(
+            solve_block(block, "m", groups, lambda _: None, folds, options, BlockChanges(), follower)
+        )
         assert {s.path for s in solved} == {path for paths in groups for path in paths}
         assert all(s.report.fallback is None for s in solved)
         with torch.no_grad():
@@ -141,7 +146,16 @@ def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
 def test_what_is_not_finite_is_rounded_to_nearest(opened: Any) -> None:
     source, states, kwargs = opened("llama")
     block = source.modules[0]
-    reference = capture.copied(states)
-    follower = Follower(block, reference, states, kwargs, capture.MicroBatch(CPU, 16, 64))
+    reference = capture.copied(states, len(states))
+    batch = capture.MicroBatch(CPU, 16, 64)
+    follower = Follower(block, reference, states, kwargs, [["self_attn.q_proj"]], batch, 1e9)
     reference.data[0, 0, 0] = torch.inf
-    assert follower.drift(block, ["self_attn.q_proj"], None) is None
+    assert follower.drift(0, None) is None
+
+
+def test_how_much_is_followed() -> None:
+    assert effort("fast", 2).followed(1024, 2048) == effort("default", 4).followed(1024, 2048) == 0
+    assert effort("default", 3).followed(1024, 2048) == 256
+    assert effort("default", 2).followed(256, 2048) == 128  # a quarter would be too few
+    assert effort("default", 2).followed(64, 2048) == 64
+    assert effort("best", 8).followed(1024, 2048) == 1024

@@ -16,10 +16,10 @@ from grid import (
     expand,
     metric_blocks,
     minmax_grid,
-    representable,
     round_to_nearest,
     search_grid,
 )
+from kernels import representable
 from models import second_moment, weights
 
 HALF, BRAIN = torch.float16, torch.bfloat16

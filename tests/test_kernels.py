@@ -6,11 +6,13 @@ Triton is imported: one test here starts this file again in a process of its own
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import dense
 import grid
 import kernels
 from grid import Grid, GridSpec, SearchEffort
@@ -89,17 +92,111 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 100, 512, 513, 1800])
-def test_lower_inverse(n: int) -> None:
-    L = torch.linalg.cholesky(second_moment(n))
-    inverse = L.clone()
-    kernels.lower_inverse_(inverse)
-    assert torch.equal(inverse, inverse.tril())
-    torch.testing.assert_close(inverse @ L, torch.eye(n, dtype=L.dtype), atol=1e-10, rtol=0)
-    single = L.float().to(DEVICE)
-    kernels.lower_inverse_(single)
-    single = single.cpu()
-    assert float((single.double() - inverse).norm() / inverse.norm()) < 1e-5
+@pytest.fixture(params=["plain", "three products"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With plain products; or all split in three, on rounded inputs as tensor cores take them, small pieces each."""
+    kind: str = request.param
+    if kind != "plain":
+
+        def rounded(x: Tensor) -> Tensor:
+            bits = x.contiguous().view(torch.int32)
+            return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+        def emulated(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+            out.addmm_(rounded(a), rounded(b), alpha=alpha, beta=beta)
+
+        monkeypatch.setattr(dense, "_threefold", lambda a, b: a.dtype == torch.float32)
+        monkeypatch.setattr(dense, "_tf32_", emulated)
+        monkeypatch.setattr(dense, "DEPTH", 100)
+    monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(dense, "LEAF", 64)
+    return kind
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    return float((found.cpu().double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("n", [1, 64, 100, 129, 600])
+def test_cholesky_and_inverse(n: int, products: str) -> None:
+    H = second_moment(n)
+    truth = torch.linalg.cholesky(H)
+    exact, single = H.clone(), H.float().to(DEVICE)
+    for A, tolerance in ((exact, 1e-13), (single, 3e-6)):
+        A.add_(torch.full_like(A, 1e3).triu(1))  # the upper triangle is not read
+        assert not bool(dense.cholesky_(A))
+        assert torch.equal(A, A.tril())
+        assert off(A, truth) < tolerance
+    dense.lower_inverse_(exact)
+    torch.testing.assert_close(exact @ truth, torch.eye(n, dtype=H.dtype), atol=1e-10, rtol=0)
+    assert torch.equal(exact, exact.tril())
+    dense.lower_inverse_(single)
+    assert torch.equal(single, single.tril())
+    # No further off than a routine of the library in the same precision, but for a factor.
+    plain = torch.linalg.inv(torch.linalg.cholesky(H.float()))
+    assert off(single, exact) < 4 * off(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize("where", [3, 127, 128, 400, 599])
+def test_cholesky_tells_that_there_is_none(where: int, products: str) -> None:
+    for bad in (-1.0, float("nan")):
+        A = second_moment(600).float().to(DEVICE)
+        A[where, where] = bad
+        failed = dense.cholesky_(A)
+        assert bool(failed) or bool(A.diagonal().isnan().any())
+
+
+@pytest.mark.parametrize("products", ["three products"], indirect=True)
+@pytest.mark.parametrize(("m", "k", "n"), [(300, 250, 200), (1, 1000, 64)])
+def test_three_products_are_as_good_as_float32(m: int, k: int, n: int, products: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(*s, generator=generator) for s in ((m, k), (k, n), (m, n)))
+    truth = c.double() * 0.5 - 2 * (a.double() @ b.double())
+    out, once = c.clone(), c.clone()
+    dense.product_(out, a, b, alpha=-2.0, beta=0.5)
+    assert off(out, truth) < 3 * off(c * 0.5 - 2 * (a @ b), truth)
+    dense._tf32_(once, a, b, -2.0, 0.5)
+    assert off(once, truth) > 50 * off(out, truth)
+    turned = c.clone()
+    dense.product_(turned, a, b.T.contiguous().T, alpha=-2.0, beta=0.5)
+    torch.testing.assert_close(turned, out, atol=1e-4, rtol=1e-5)
+
+
+def test_split() -> None:
+    x = weights(37, 500) * torch.exp(8 * weights(37, 500, seed=5) / 0.05)
+    for given in (x, x[:, 3:90], x.T, x.T[100:200]):
+        high, low = kernels.split(given)
+        assert torch.equal(high + low, given)
+        assert int((high.contiguous().view(torch.int32) & 0x1FFF).count_nonzero()) == 0
+        assert bool((low.abs() <= given.abs() * 2.0**-11).all())
+        assert high.stride() == low.stride()
+
+
+@_kernel_test
+def test_split_kernel() -> None:
+    (x,) = on_device(weights(5, 2100))
+    given = x[:, 7:2090]
+    results = []
+    for run in (kernels._split_triton, kernels._split_torch):
+        high, low = (torch.empty(given.shape, device=DEVICE) for _ in range(2))
+        run(given, high, low)
+        results.append((high, low))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_factorization_on_the_gpu() -> None:
+    """Large enough for the tensor cores, where they are taken."""
+    n = 3000
+    H = second_moment(n)
+    X = H.float().to(DEVICE)
+    assert not bool(dense.cholesky_(X))
+    dense.lower_inverse_(X)
+    truth = torch.linalg.inv(torch.linalg.cholesky(H.to(DEVICE)))
+    plain = torch.linalg.inv(torch.linalg.cholesky(H.float().to(DEVICE)))
+    assert off(X, truth.cpu()) < 4 * off(plain, truth.cpu())
 
 
 @pytest.mark.parametrize("levels", [3, 15, 255])
@@ -118,7 +215,8 @@ def test_compensation_against_float64(levels: int) -> None:
         for later in range(j + 1, columns):
             W[later] -= R[j, later].double() * e
     q = torch.empty(columns, out, dtype=torch.uint8)
-    errors = kernels.compensate_columns(work, scale, zero, group, R, levels, q)
+    errors = torch.empty(columns, out)
+    kernels.compensate_columns(work, scale, zero, group, R, levels, q, errors)
     assert torch.equal(q, expected)
     torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -138,8 +236,9 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     scale, zero, group = on_device(*grids(columns, out, 5, levels))
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    errors = kernels._compensate_columns_triton(work, scale, zero, group, R, levels, q)
-    errors_twin = kernels._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin)
+    errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
+    kernels._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
+    kernels._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -147,42 +246,92 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     torch.testing.assert_close(errors[:, same], errors_twin[:, same], atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("columns", "out", "levels"), [(128, 40, 15), (32, 33, 255), (5, 3, 3)])
+class Piece:
+    """Columns of one group in the middle of a descent, on `device`; `missing` of the gradient is held apart."""
+
+    def __init__(
+        self, columns: int, out: int, levels: int, *, missing: bool = True, dtype: torch.dtype
+    ) -> None:
+        scale, zero, _ = grids(columns, out, 1, levels)
+        self.levels = levels
+        self.W = weights(columns, out).to(dtype)
+        self.H = second_moment(columns).to(dtype)
+        self.scale, self.zero = kernels.representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
+        self.q = ((self.W / self.scale).round() + self.zero).clamp(0, levels).to(torch.uint8)
+        self.gradient = self.H @ (self.W - self.value)
+        self.missing = 0.1 * torch.randn_like(self.gradient) if missing else None
+        if self.missing is not None:
+            self.gradient += self.missing
+        self.delta = torch.full_like(self.gradient, float("nan"))
+
+    @property
+    def value(self) -> Tensor:
+        return (self.q.to(self.W.dtype) - self.zero) * self.scale
+
+    def form(self) -> Tensor:
+        error = (self.W - self.value).double()
+        return (error * (self.H.double() @ error)).sum(dim=0)
+
+    def descend(self, run: Callable[..., None], refit: tuple[torch.dtype, ...] | None) -> None:
+        args = (self.gradient, self.missing, self.scale, self.zero, self.H, self.levels, self.q, self.delta)
+        run(*args, refit)
+
+    def to(self, device: str) -> Piece:
+        moved = copy.copy(self)
+        for name, held in vars(self).items():
+            setattr(moved, name, held.to(device).clone() if isinstance(held, Tensor) else held)
+        return moved
+
+
+@pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
+@pytest.mark.parametrize(
+    ("columns", "out", "levels", "missing"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
+)
 @_kernel_test
-def test_descend_kernel(columns: int, out: int, levels: int) -> None:
-    H = second_moment(columns).float()
-    scale, zero, _ = grids(columns, out, 1, levels)
-    W = weights(columns, out)
-    q = ((W / scale[0]).round() + zero[0]).clamp(0, levels)
-    value = (q - zero[0]) * scale[0]
-    state = on_device(H @ (W - value), value, q.to(torch.uint8))
-    H, s, z, W = on_device(H, scale[0], zero[0], W)
-    twin = tuple(t.clone() for t in state)
-    kernels._descend_columns_triton(state[0], state[1], s, z, H, levels, state[2])
-    kernels._descend_columns_torch(twin[0], twin[1], s, z, H, levels, twin[2])
-    same = (state[2] == twin[2]).all(dim=0)
+def test_descend_kernel(
+    columns: int, out: int, levels: int, missing: bool, refit: tuple[torch.dtype, ...] | None
+) -> None:
+    ours = Piece(columns, out, levels, missing=missing, dtype=torch.float32).to(DEVICE)
+    twin, start = ours.to(DEVICE), ours.to(DEVICE)
+    ours.descend(kernels._descend_columns_triton, refit)
+    twin.descend(kernels._descend_columns_torch, refit)
+    same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
-    torch.testing.assert_close(state[1][:, same], twin[1][:, same], atol=0, rtol=0)
-    torch.testing.assert_close(state[0], H @ (W - state[1]), atol=1e-5, rtol=1e-4)  # still the gradient
+    torch.testing.assert_close(ours.delta[:, same], twin.delta[:, same], atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(ours.delta, ours.value - start.value, atol=1e-6, rtol=1e-5)
+    assert torch.equal(ours.gradient, start.gradient)
+    if missing:
+        assert not torch.equal(ours.q, start.q)
+    if refit is None:
+        assert torch.equal(ours.scale, start.scale)
+    else:
+        assert torch.equal(ours.scale, kernels.representable(ours.scale, refit))
+        assert bool((ours.scale != start.scale).any())
 
 
-def test_descent_never_adds_error() -> None:
-    columns, out, levels = 64, 20, 15
-    H, W = second_moment(columns), weights(columns, out).double()
-    scale, zero, _ = grids(columns, out, 1, levels)
-    s, z = scale[0].double(), zero[0].double()
-    q = ((W / s).round() + z).clamp(0, levels)
-    value = (q - z) * s
-
-    def form() -> Tensor:
-        error = W - value
-        return (error * (H @ error)).sum(dim=0)
-
-    before, integers = form(), q.to(torch.uint8)
-    kernels.descend_columns(H @ (W - value), value, s, z, H, levels, integers)
-    assert bool((form() <= before * (1 + 1e-12)).all())
-    assert float(form().sum()) < 0.9 * float(before.sum())
-    assert torch.equal(value, (integers.double() - z) * s)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
+def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device: str) -> None:
+    """Row by row, in float64; with the kernel where there is a GPU, in float32."""
+    if device == "cuda" and DEVICE == "cpu":
+        if not INTERPRETED:
+            pytest.skip("needs a CUDA device (or Triton's interpreter)")
+        run: Callable[..., None] = kernels._descend_columns_triton
+    else:
+        run = kernels.descend_columns
+    fast = device == "cuda"
+    piece = Piece(64, 20, 15, missing=False, dtype=torch.float32 if fast else torch.float64)
+    if device == DEVICE:
+        piece = piece.to(device)
+    before = piece.form()
+    if refit is not None:
+        # Some grids are too wide, which a refit may cure.
+        piece.scale[::4] = kernels.representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
+        piece.gradient = piece.H @ (piece.W - piece.value)
+        before = piece.form()
+    piece.descend(run, refit)
+    assert bool((piece.form() <= before * (1 + (1e-5 if fast else 1e-12))).all())
+    assert float(piece.form().sum()) < 0.9 * float(before.sum())
 
 
 @pytest.mark.parametrize("step", [1.0, -0.25, 2.0**-14])
@@ -194,7 +343,7 @@ def test_ties_go_to_even(step: float) -> None:
     q = torch.empty(1, 17, dtype=torch.uint8, device=DEVICE)
     one = torch.ones(1, 17, device=DEVICE)
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    kernels._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q)
+    kernels._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
     assert q[0].tolist() == (torch.round(halves) + 100).tolist()
 
 
@@ -222,7 +371,7 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
         zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
     )  # fmt: skip
     twin = grid._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
-    assert torch.equal(scale, grid.representable(scale, dtypes))
+    assert torch.equal(scale, kernels.representable(scale, dtypes))
     assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
     assert float(same.float().mean()) > 0.9
@@ -279,12 +428,47 @@ def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
     assert results[1] == pytest.approx(results[0], rel=0.01)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_the_solver_hardly_waits_for_the_gpu() -> None:
+    """One answer for a factorization, one for a choice of scales, one for an error; none in the rounding."""
+    import awq_search
+    import gptq_solver
+
+    W, H = weights(300, 1500).cuda(), second_moment(1500).float().cuda()
+    spec, rows = GridSpec(4, 60, True), torch.arange(1500, device="cuda")
+
+    def waits(work: Callable[[], object]) -> int:
+        work()  # compiles, and fills the caches
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(w.message) for w in caught)
+
+    def factorize() -> gptq_solver.Factor:
+        return gptq_solver.factorize(H.clone(), 0.1, act_order=True)
+
+    factor, plain = factorize(), grid.minmax_grid(W, spec)
+    q = gptq_solver.compensate(W, plain, spec, factor)
+    assert waits(factorize) <= 1
+    assert waits(lambda: gptq_solver.compensate(W, plain, spec, factor)) == 0
+    assert waits(lambda: gptq_solver.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
+    assert waits(lambda: gptq_solver.output_error(W, grid.dequantize(q, plain, 60), H)) <= 1
+    effort = SearchEffort(8, 1)
+    assert waits(lambda: awq_search.choose_scales(W, H, factor, rows, 1500, spec, effort)) <= 1
+
+
 def test_fallback_where_triton_cannot_run() -> None:
     W = weights(4, 64)
     if DEVICE == "cpu":
         assert not kernels.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
     with pytest.raises(ValueError, match="contiguous"):
-        kernels._rows(W.T)
+        kernels._contiguous_rows(W.T)
 
 
 def test_tensor_cores_are_put_back() -> None:

@@ -61,7 +61,7 @@ COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
     ("gptq", "--act_order_groups dynamic --group_size -1 --quality fast", "gptq", 4, True, -1),
 ]
 # Relative error of the weights themselves: a bound that a wrong group, zero point or order breaks by far.
-CLOSE = {2: 0.65, 3: 0.35, 4: 0.18, 8: 0.02}
+CLOSE = {2: 0.75, 3: 0.35, 4: 0.18, 8: 0.02}
 
 
 @pytest.mark.parametrize(
@@ -341,9 +341,9 @@ class _Full:
         ("moments.SecondMoment.finish", 9),
         ("solve.factorize", 9),
         ("solve.descend", 9),
-        ("capture.forward", 3),  # to see which linears share an input
-        ("capture.forward", 4),  # for second moments
-        ("capture.forward", 5),  # replay
+        ("capture.forward", 2),  # to see which linears share an input
+        ("capture.forward", 3),  # for second moments
+        ("moments.SecondMoment.add", 5),  # between them
     ],
 )
 def test_out_of_memory_once(
@@ -365,8 +365,8 @@ def test_out_of_memory_once(
     assert gptq_quantize.main([*QUICK, "--output_path", str(target)]) == 0
     assert full.count > call + 1
     told = "out of memory on cpu, tried again with" in capsys.readouterr().err
-    # In capture and replay smaller portions are taken at once.
-    assert told == ((where, call) not in {("capture.forward", 4), ("capture.forward", 5)})
+    # A forward pass is taken again at once, in smaller portions.
+    assert told == ((where, call) != ("capture.forward", 3))
     found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
     assert set(found) == set(expected)
     report = json.loads((target / "quantization_report.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from awq_search import candidate, choose_scales, scale_
+from awq_search import candidates, choose_scales, scale_
 from folds import Fold
 from gptq_solver import (
     Factor,
@@ -118,6 +118,8 @@ def test_condition() -> None:
     assert condition(torch.zeros(3, 3), 0.1).diagonal().tolist() == pytest.approx([1.1] * 3)
     outlier = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1e6]))  # counts for ten times the median, which is 2
     assert condition(outlier, 0.5).diagonal().tolist() == pytest.approx([4.25, 5.25, 6.25, 1e6 + 3.25])
+    nan = torch.diag(torch.tensor([1.0, float("nan"), 3.0]))
+    assert bool(condition(nan, 0.5).diagonal().isnan().any())  # not taken for a dead channel
     assert activation_order(torch.diag(torch.tensor([1.0, 5.0, 1.0, 5.0]))).tolist() == [1, 3, 0, 2]
 
 
@@ -192,6 +194,37 @@ def test_nan_has_no_factor(where: tuple[int, int]) -> None:
     H[where] = H[where[::-1]] = float("nan")
     with pytest.raises(NotFactorizable):
         factorize(H.clone(), 0.1, act_order=False)
+
+
+@pytest.mark.parametrize("span", [128, 256, 384])
+@pytest.mark.parametrize("group", [32, 160, 400])
+def test_spans_change_nothing_but_the_order_of_sums(
+    span: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many columns wait before the others are told: as with one span, which is the whole row."""
+    import gptq_solver
+
+    W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
+    spec = GridSpec(4, group, True)
+    grid = search_grid(W, metric_blocks(H, group), spec)
+    factor = factorize(H.clone(), 0.0, act_order=True)
+    results = []
+    for size in (4096, span):
+        monkeypatch.setattr(gptq_solver, "SPAN", size)
+        q = compensate(W, grid, spec, factor)
+        results.append((q, *descend(W, q, grid, spec, H, sweeps=3, refit=True)))
+    (q, fine, one), (q_span, fine_span, spanned) = results
+    assert float((q == q_span).all(1).float().mean()) > 0.7  # a row may part ways at a near tie
+    assert float((fine == fine_span).all(1).float().mean()) > 0.5
+    errors = [
+        output_error(W, dequantize(integers, chosen, group), H)
+        for integers, chosen in ((fine, one), (fine_span, spanned))
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=2e-3)
+    if span == 256:
+        pieces = [piece for part in gptq_solver._spans(800, group) for piece in part]
+        assert [c for piece in pieces for c in range(800)[piece]] == list(range(800))
+        assert all(part[-1].stop - part[0].start <= span for part in gptq_solver._spans(800, group))
 
 
 def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
@@ -300,13 +333,31 @@ def test_output_error_is_that_of_outputs() -> None:
 def test_candidates() -> None:
     H = torch.diag(torch.tensor([1.0, 4.0, 9.0, 16.0]))
     rows = torch.tensor([0, 0, 2, 3])
-    assert candidate(H, rows, 5, 0.0).tolist() == [1.0] * 5
-    found = candidate(H, rows, 5, 1.0)
+    plain, found = candidates(H, rows, 5, (0.0, 1.0))
+    assert plain.tolist() == [1.0] * 5
     rms = torch.tensor([2.5**0.5, 1.0, 3.0, 4.0, 1.0])
     middle = (4.0 * 2.5**0.5) ** 0.5
     used = torch.tensor([True, False, True, True, False])
     torch.testing.assert_close(found[used], rms[used] / middle)
     assert found[~used].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [32, 1024])
+def test_channel_scales_of_every_group_size(size: int) -> None:
+    """One search for all candidates finds what one for each does, also where groups are judged by the diagonal."""
+    W, H = weights(20, 1024), condition(second_moment(1024, 2048), 0.05)
+    factor = factorize(H.clone(), 0.0, act_order=True)
+    spec, effort = GridSpec(4, size, True), SearchEffort(8, 1)
+    chosen = choose_scales(W, H, factor, torch.arange(1024), 1024, spec, effort)
+    index = chosen.losses.index(min(chosen.losses))
+    s = candidates(H, torch.arange(1024), 1024, (chosen.exponent,))[0]
+    torch.testing.assert_close(chosen.scale, s)
+    scaled, other = H.clone(), replace(factor, R=factor.R.clone())
+    scale_(scaled, other, s)
+    grid = search_grid(W * s, metric_blocks(scaled, size), spec, effort)
+    q = compensate(W * s, grid, spec, other)
+    again = float(quadratic(W * s, dequantize(q, grid, size), scaled).sum())
+    assert chosen.losses[index] == pytest.approx(again, rel=0.01)
 
 
 def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
@@ -317,7 +368,7 @@ def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
     assert chosen.losses[0] >= min(chosen.losses)
     for exponent, loss in zip((0.0, 0.3, 0.6), (chosen.losses[i] for i in (0, 3, 6)), strict=True):
-        s = candidate(H, torch.arange(64), 64, exponent)
+        (s,) = candidates(H, torch.arange(64), 64, (exponent,))
         scaled, other = H.clone(), replace(factor, R=factor.R.clone())
         scale_(scaled, other, s)
         grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)
@@ -390,20 +441,25 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
             grid = minmax_grid(linear.weight, spec)
             linear.weight.copy_(dequantize(round_to_nearest(linear.weight, grid, spec), grid, 32))
         changes = BlockChanges()
+        given, asked = dict(enumerate(moments)), []
+
+        def take(index: int) -> Tensor | None:
+            asked.append(index)
+            return given.pop(index)
+
+        groups = [["a", "b"], ["c"]]
         solved = list(
-            solve_block(
-                block, "m.0", [["a", "b"], ["c"]], moments, folds, options(effort=EFFORTS[quality]), changes
-            )
+            solve_block(block, "m.0", groups, take, folds, options(effort=EFFORTS[quality]), changes)
         )
         after, rtn = block(x), plain(x)
-    assert {s.path for s in solved} == {"a", "b", "c"}
     for s in solved:
         assert torch.equal(block.get_parameter(f"{s.path}.weight"), dequantize(s.q, s.grid, 32))
         assert s.report.name == f"m.0.{s.path}"
         assert s.report.fallback is None
         assert 0 < s.report.error < 0.02
     assert (after - before).pow(2).mean() < 0.8 * (rtn - before).pow(2).mean()
-    assert moments == [None, None]
+    assert asked == ([1, 0] if folds else [0, 1])
+    assert [s.path for s in solved] == (["c", "a", "b"] if folds else ["a", "b", "c"])
     exponents = {s.path: s.report.exponent for s in solved}
     if folds:
         assert exponents["c"]
@@ -424,7 +480,13 @@ def test_dynamic_groups_follow_the_order() -> None:
         solved = {
             s.path: s
             for s in solve_block(
-                block, "m", [["a", "b"], ["c"]], moments, [], options(dynamic_groups=True), BlockChanges()
+                block,
+                "m",
+                [["a", "b"], ["c"]],
+                moments.__getitem__,
+                [],
+                options(dynamic_groups=True),
+                BlockChanges(),
             )
         }
     c = solved["c"]
@@ -450,7 +512,11 @@ def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
     W = block.c.weight.detach().clone()
     spec = GridSpec(4, 32, False)
     with torch.no_grad():
-        solved = list(solve_block(block, "m", [["a", "b"], ["c"]], moments, FOLDS, options(), BlockChanges()))
+        solved = list(
+            solve_block(
+                block, "m", [["a", "b"], ["c"]], moments.__getitem__, FOLDS, options(), BlockChanges()
+            )
+        )
     c = next(s for s in solved if s.path == "c")
     assert c.report.fallback is not None
     assert "rounded to nearest" in c.report.fallback

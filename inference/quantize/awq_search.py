@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import kernels
 from gptq_solver import STRIP, Factor, compensate
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
 
@@ -34,18 +35,23 @@ class ChannelScales:
     losses: tuple[float, ...]
 
 
-def candidate(H: Tensor, rows: Tensor, sources: int, exponent: float) -> Tensor:
-    """Scales `rms^exponent`, geometric middle at one, float32 (sources); tied channels take their mean power."""
+def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ...]) -> Tensor:
+    """Scales `rms^exponent`, geometric middle at one, float32 (exponents, sources).
+
+    Tied channels take their mean power. The device is not waited for.
+    """
     power = torch.zeros(sources, device=H.device).index_add_(0, rows, H.diagonal().clamp(min=0))
     count = torch.zeros(sources, device=H.device).index_add_(0, rows, torch.ones_like(H.diagonal()))
     used = count > 0
     rms = (power / count.clamp(min=1)).sqrt()
-    floor = rms[used].mean() * 1e-4 + 1e-20
-    scale = rms.clamp(min=floor).pow(exponent)
-    middle = (scale[used].amax() * scale[used].amin()).sqrt()
-    return torch.where(used, scale / middle, torch.ones_like(scale))
+    floor = rms.sum() / used.sum() * 1e-4 + 1e-20  # no power, no part in the sum
+    scale = torch.stack([rms.clamp(min=floor).pow(exponent) for exponent in exponents])
+    largest = torch.where(used, scale, 0.0).amax(1, keepdim=True)
+    smallest = torch.where(used, scale, torch.inf).amin(1, keepdim=True)
+    return torch.where(used, scale / (largest * smallest).sqrt(), 1.0)
 
 
+@kernels.tensor_cores()
 def choose_scales(
     W: Tensor, H: Tensor, factor: Factor, rows: Tensor, sources: int, spec: GridSpec, effort: SearchEffort
 ) -> ChannelScales:
@@ -55,27 +61,27 @@ def choose_scales(
     """
     stride = max(1, W.shape[0] // ROWS)
     sample = W[::stride].contiguous()
-    scales = [candidate(H, rows, sources, exponent) for exponent in EXPONENTS]
-    steps, zeros = [], []
-    size = spec.group_size
+    out, width = sample.shape
+    size, count = spec.group_size, len(EXPONENTS)
+    scales = candidates(H, rows, sources, EXPONENTS)
+    channels = scales[:, rows]  # (candidates, in)
+    # Each candidate's groups stand beside the others', as if of one wide matrix: one search for all.
+    wide = (sample.unsqueeze(1) * channels).reshape(out, count * width)
+    part = channels.reshape(count, -1, 1, size)
     plain = metric_blocks(H, size)
-    for scale in scales:
-        s = scale[rows]
-        if plain.shape[1] == 1:
-            blocks = plain / (s * s).reshape(-1, 1, size)
-        else:
-            part = s.reshape(-1, size)
-            blocks = plain / (part.unsqueeze(1) * part.unsqueeze(2))
-        grid = search_grid(sample * s, blocks, spec, effort)
-        steps.append(grid.scale.repeat_interleave(size, 1) / s)
-        zeros.append(grid.zero.repeat_interleave(size, 1))
-    every = Grid(torch.cat(steps), torch.cat(zeros))
-    per_channel = replace(spec, group_size=1)
-    stacked = sample.repeat(len(scales), 1)
-    q = compensate(stacked, every, per_channel, factor)
-    E = stacked - dequantize(q, every, 1)
-    losses = ((E @ H) * E).sum(1).reshape(len(scales), -1).sum(1).tolist()
-    best = min(range(len(scales)), key=lambda i: losses[i])
+    blocks = plain / (part * part if plain.shape[1] == 1 else part.mT * part)
+    grid = search_grid(wide, blocks.flatten(0, 1), spec, effort)
+    steps, zeros = (
+        each.reshape(out, count, -1).transpose(0, 1).repeat_interleave(size, 2)
+        for each in (grid.scale, grid.zero)
+    )
+    every = Grid((steps / channels.unsqueeze(1)).flatten(0, 1), zeros.flatten(0, 1))
+    del wide, blocks, steps, zeros
+    stacked = sample.repeat(count, 1)
+    q = compensate(stacked, every, replace(spec, group_size=1), factor)
+    E = stacked.sub_(dequantize(q, every, 1))
+    losses = ((E @ H) * E).reshape(count, -1).sum(1).tolist()
+    best = min(range(count), key=lambda i: losses[i])
     return ChannelScales(scales[best], EXPONENTS[best], tuple(losses))
 
 

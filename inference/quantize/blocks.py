@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import capture
+import passes
 from calibration import Windows
 from checkpoint import CheckpointWriter
 from console import Blocks
-from contents import copy_outside, pass_through, write_linear
+from contents import copy_outside, pass_through, settle_others, write_linear
 from errors import WorkError
 from evaluate import QuantizedSource
 from folds import Fold, exact_folds, find_folds, unknown
 from follow import Follower
 from job import Run
 from moments import SecondMoment
+from passes import Passes, walk
 from resume import KeptStates
-from solve import BlockChanges, LayerReport, solve_block
+from solve import BlockChanges, LayerReport, Moments, solve_block
 from source import Source
 
 
@@ -44,7 +47,8 @@ def quantize_blocks(
             with run.stage("embed"):
                 home = _home(run, windows.tokens)
                 states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
-                reference = capture.copied(states) if run.options.effort.follow else None
+                followed = run.options.effort.followed(*windows.tokens.shape)
+                reference = capture.copied(states, followed) if followed else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
             if done < len(source.blocks):
@@ -56,8 +60,9 @@ def quantize_blocks(
             while True:
                 reported = len(run.reports)
                 try:
-                    kwargs = calls.kwargs[index]
-                    follower = _block(run, index, writer, states, reference, kwargs, batch, progress)
+                    onward = _block(
+                        run, index, writer, states, reference, calls.kwargs[index], batch, progress
+                    )
                     break
                 except torch.cuda.OutOfMemoryError as error:
                     told = str(error)
@@ -67,16 +72,14 @@ def quantize_blocks(
                 del run.reports[reported:]
                 streams = [states] if reference is None else [states, reference]
                 _relieve(run, source.blocks[index], streams, batch, told)
-            block = source.modules[index]
-            if index + 1 < len(source.blocks):
-                progress.step("replay")
-                with run.stage("replay"):
-                    kept.wait()
-                    capture.replay(block, source.blocks[index], states, kwargs, batch)
-                    if follower is not None:
-                        follower.advance(source.blocks[index])
-            del follower
-            source.release(block)
+            with onward:
+                if index + 1 < len(source.blocks):
+                    progress.step("replay")
+                    with run.stage("replay"):
+                        kept.wait()
+                        onward.advance(source.blocks[index])
+            del onward
+            source.release(source.modules[index])
             writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
             if index + 1 < len(source.blocks):
                 kept.offer(states, index + 1)
@@ -95,33 +98,58 @@ def _block(
     kwargs: dict[str, Any],
     batch: capture.MicroBatch,
     progress: Blocks,
-) -> Follower | None:
+) -> Passes | Follower:
     """Quantizes one block and hands everything of it to the writer; the states stay as they are.
 
-    reference: the source's own states, where they are followed; the result takes them on.
+    reference: the source's own states of the first windows, where they are followed. The result takes the states on;
+    it is the caller's to close.
     """
     source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
     progress.step("load")
     with run.stage("load"):
         source.load(block, name, run.device, run.compute)
+        source.ahead(index + 1, run.device)
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
+    stops = [paths[0] for paths in groups]
+    room = passes.room(run.device, run.config.max_memory, [_linear(block, path) for path in stops])
+    follower = None
+    if reference is not None:
+        within = partial(run.stage, "capture")
+        follower = Follower(block, reference, states, kwargs, groups, batch, room, within)
+    settle_others(run, block, index)  # the follower has them as they were
     folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
-    moments: list[Tensor | None] = [None] * len(groups)
-    if folds or reference is None:
-        progress.step("capture")
+    onward = follower or Passes(block, states, kwargs, stops, batch, room)
+
+    def in_order(group: int) -> Tensor | None:
+        """The moment of one group's input, all before it rounded."""
+        assert isinstance(onward, Passes)
+        progress.step(f"capture {stops[group]}")
         with run.stage("capture"):
-            moments = _moments(run, block, name, states, kwargs, groups, batch)
-    follower = None if reference is None else Follower(block, reference, states, kwargs, batch)
-    changes = BlockChanges()
-    with run.stage("solve and write"):
-        for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
-            progress.step(f"solved {solved.path}")
-            with run.stage("of which write"):
-                write_linear(run, writer, name, solved)
-    with run.stage("pass through"):
-        pass_through(run, writer, block, index, changes)
-    return follower
+            total = SecondMoment(_linear(block, stops[group]).in_features, run.device)
+            for (reached,) in walk((onward,), group):
+                assert reached is not None
+                total.add(reached[0])
+            return _finished(run, f"{name}.{stops[group]}", total)
+
+    moments: Moments = in_order
+    try:
+        if folds:
+            progress.step("capture")
+            with run.stage("capture"):
+                moments = _at_once(run, block, name, states, kwargs, groups, batch).pop
+        changes = BlockChanges()
+        with run.stage("solve"):
+            for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
+                progress.step(f"solved {solved.path}")
+                with run.stage("pack"):
+                    write_linear(run, writer, name, solved)
+        with run.stage("pass through"):
+            pass_through(run, writer, block, index, changes)
+    except BaseException:
+        onward.close()
+        raise
+    return onward
 
 
 def _relieve(
@@ -184,7 +212,9 @@ def _home(run: Run, tokens: Tensor) -> torch.device:
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
-    needed = tokens.numel() * width * run.compute.itemsize * (2 if run.options.effort.follow else 1)
+    windows, length = tokens.shape
+    windows += run.options.effort.followed(windows, length)
+    needed = windows * length * width * run.compute.itemsize
     free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
@@ -209,7 +239,7 @@ def _folds(run: Run, index: int, states: capture.States, kwargs: dict[str, Any])
     return folds
 
 
-def _moments(
+def _at_once(
     run: Run,
     block: torch.nn.Module,
     name: str,
@@ -217,18 +247,21 @@ def _moments(
     kwargs: dict[str, Any],
     groups: list[list[str]],
     batch: capture.MicroBatch,
-) -> list[Tensor | None]:
-    sums: list[SecondMoment] = []
-    for paths in groups:
-        linear = block.get_submodule(paths[0])
-        assert isinstance(linear, torch.nn.Linear)
-        sums.append(SecondMoment(linear.in_features, run.device))
+) -> dict[int, Tensor | None]:
+    """The moments of all groups' inputs by their numbers, from one pass through the block as it is."""
+    sums = [SecondMoment(_linear(block, paths[0]).in_features, run.device) for paths in groups]
     capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
-    found: list[Tensor | None] = []
-    for paths, total in zip(groups, sums, strict=True):
-        if total.finite():
-            found.append(total.finish())
-        else:
-            run.console.warn(f"{name}.{paths[0]}: its inputs overflow; rounded to nearest")
-            found.append(None)
-    return found
+    return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
+
+
+def _finished(run: Run, name: str, total: SecondMoment) -> Tensor | None:
+    if total.finite():
+        return total.finish()
+    run.console.warn(f"{name}: its inputs overflow; rounded to nearest")
+    return None
+
+
+def _linear(block: torch.nn.Module, path: str) -> torch.nn.Linear:
+    module = block.get_submodule(path)
+    assert isinstance(module, torch.nn.Linear)
+    return module

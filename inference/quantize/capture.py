@@ -64,11 +64,13 @@ class States:
     """Hidden states of all windows, (windows, length, width), on the device or in (pinned) host memory."""
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, home: torch.device, device: torch.device
+        self, shape: tuple[int, ...], dtype: torch.dtype, home: torch.device, device: torch.device
     ) -> None:
         pin = home.type == "cpu" and device.type == "cuda"
         self.data = torch.empty(shape, dtype=dtype, device=home, pin_memory=pin)
         self.device = device
+        self._copies: torch.cuda.Stream | None = None  # where states travel, beside the work
+        self._ahead: tuple[int, int, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -78,7 +80,30 @@ class States:
         return self.data.shape[1]
 
     def get(self, start: int, stop: int) -> Tensor:
-        return self.data[start:stop].to(self.device, non_blocking=True)
+        """The states of windows `start` to `stop` on the device; a view where they live there."""
+        if not self.data.is_pinned():
+            return self.data[start:stop].to(self.device)
+        self.ahead(start, stop)
+        assert self._ahead is not None
+        assert self._copies is not None
+        found, self._ahead = self._ahead[2], None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        found.record_stream(current)
+        return found
+
+    def ahead(self, start: int, stop: int) -> None:
+        """Begins to bring what `get` will be asked for next, if it is elsewhere."""
+        stop = min(stop, len(self))
+        if not self.data.is_pinned() or start >= stop or (self._ahead and self._ahead[:2] == (start, stop)):
+            return
+        with torch.cuda.stream(self._side()):
+            self._ahead = (start, stop, self.data[start:stop].to(self.device, non_blocking=True))
+
+    def _side(self) -> torch.cuda.Stream:
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._copies
 
     def to_host(self) -> bool:
         """Moves the states from the device to host memory; False where they are there, or it cannot hold them."""
@@ -93,18 +118,22 @@ class States:
         return True
 
     def put(self, start: int, stop: int, value: Tensor) -> None:
-        self.data[start:stop].copy_(value, non_blocking=self.data.is_pinned())
+        """Replaces them; in host memory they are there once the device has been waited for."""
+        if not self.data.is_pinned():
+            self.data[start:stop].copy_(value)
+            return
+        side = self._side()
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            self.data[start:stop].copy_(value, non_blocking=True)
+        value.record_stream(side)
 
 
-def copied(states: States) -> States:
-    """The same states once more, in the same place."""
-    copy = States(
-        (len(states), states.length, states.data.shape[2]),
-        states.data.dtype,
-        states.data.device,
-        states.device,
-    )
-    copy.data.copy_(states.data)
+def copied(states: States, windows: int) -> States:
+    """The states of the first `windows` once more, in the same place."""
+    data = states.data
+    copy = States((windows, *data.shape[1:]), data.dtype, data.device, states.device)
+    copy.data.copy_(data[:windows])
     return copy
 
 
@@ -332,7 +361,9 @@ def capture(
         while start < len(states):
             stop = min(start + batch.windows, len(states))
             try:
-                forward(block, states.get(start, stop), kwargs)
+                hidden = states.get(start, stop)
+                states.ahead(stop, stop + batch.windows)
+                forward(block, hidden, kwargs)
             except _Stop:
                 pass
             except torch.cuda.OutOfMemoryError:
@@ -347,16 +378,36 @@ def capture(
 
 
 @torch.no_grad()
-def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], batch: MicroBatch) -> None:
-    """Replaces the states by what the block makes of them. Errors: `FinalError` where they are not finite."""
+def replay(
+    block: nn.Module,
+    name: str,
+    states: States,
+    kwargs: dict[str, Any],
+    batch: MicroBatch,
+    *,
+    run: Callable[[int, int], Tensor] | None = None,
+    spare: Callable[[], bool] = lambda: False,
+) -> None:
+    """Replaces the states by what the block makes of them. Errors: `FinalError` where they are not finite.
+
+    run: what the block makes of windows `start` to `stop`, where somebody else has that; spare: gives up what can be
+    done without when memory runs out, False where nothing is left.
+    """
+    if run is None:
+
+        def run(start: int, stop: int) -> Tensor:
+            hidden = states.get(start, stop)
+            states.ahead(stop, stop + batch.windows)
+            return forward(block, hidden, kwargs)
+
     finite = torch.ones((), dtype=torch.bool, device=states.device)
     start = 0
     while start < len(states):
         stop = min(start + batch.windows, len(states))
         try:
-            result = forward(block, states.get(start, stop), kwargs)
+            result = run(start, stop)
         except torch.cuda.OutOfMemoryError:
-            if not batch.halve() and not states.to_host():
+            if not spare() and not batch.halve() and not states.to_host():
                 raise
             torch.cuda.empty_cache()
             continue
@@ -368,32 +419,6 @@ def replay(block: nn.Module, name: str, states: States, kwargs: dict[str, Any], 
             f"the states after {name} are not finite: the model overflows {states.data.dtype}; "
             "use a BF16 copy of the model, or --device cpu (which computes in FP32)"
         )
-
-
-@torch.no_grad()
-def inputs_of(
-    block: nn.Module, hidden: Tensor, kwargs: dict[str, Any], path: str, before: str | None
-) -> tuple[Tensor, Tensor]:
-    """What enters the linear `path` for states `hidden`, and what enters module `before` (None: the block) ahead of
-    it: both (tokens, width). Nothing after the linear's input is computed."""
-    caught: dict[str, Tensor] = {"": hidden}
-
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught[before or ""] = args[0]
-
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught[path] = args[0]
-        raise _Stop
-
-    handles = [block.get_submodule(before).register_forward_pre_hook(keep)] if before is not None else []
-    handles.append(block.get_submodule(path).register_forward_pre_hook(stop))
-    try:
-        with suppress(_Stop):
-            forward(block, hidden, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(caught[name].reshape(-1, caught[name].shape[-1]) for name in (path, before or ""))  # type: ignore[return-value]
 
 
 @torch.no_grad()

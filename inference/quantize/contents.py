@@ -103,16 +103,20 @@ def write_linear(run: Run, writer: CheckpointWriter, name: str, solved: Solved) 
 def pass_through(
     run: Run, writer: CheckpointWriter, block: torch.nn.Module, index: int, changes: BlockChanges
 ) -> None:
-    """Writes what is not quantized in block `index`: as folds changed it, or as it was.
-
-    The block goes on with what the file holds, so that reading it back gives the same states.
-    """
+    """Writes what is not quantized in block `index`: as folds changed it, or as it was."""
     source, prefix = run.source, f"{run.source.blocks[index]}."
     changed = {source.stored_name(f"{prefix}{name}"): name for name in changes.names}
     for stored in _others(source, index):
         tensor = block.get_parameter(changed[stored]) if stored in changed else source.read(stored)
         writer.add(stored, _stored(run, stored, tensor), fixed=stored not in changed)
-    quantized = {f"{linear.path}.weight" for linear in source.linears(index)}
+
+
+def settle_others(run: Run, block: torch.nn.Module, index: int) -> None:
+    """Gives what is not quantized in block `index` the digits that the file will hold.
+
+    Before anything is computed with it, so that reading the file back gives the same states.
+    """
+    quantized = {f"{linear.path}.weight" for linear in run.source.linears(index)}
     for name, parameter in block.named_parameters():
         if name not in quantized:
             parameter.copy_(parameter.to(run.store))

@@ -8,6 +8,8 @@ makes up for some of the error that all earlier ones left.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,14 @@ from torch import Tensor, nn
 
 import capture
 from moments import CrossMoment, SecondMoment
+from passes import Passes, walk
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Means over the calibration tokens, float32. `x`: a group's input in the quantized model, `x~` in the source.
+    """Means over the calibration tokens, float32; of those with `x~` over the windows of the source's states.
+
+    `x`: a group's input in the quantized model, `x~` in the source.
 
     `H`: x x^T (in, in); `inputs`: (x~ - x) x^T (in, in); `stream`: (r~ - r) x^T (width, in) with `r` the states that
     the output is added to, or None where it is not.
@@ -32,7 +37,12 @@ class Drift:
 
 
 class Follower:
-    """One block of the source and its states, beside the block that is being quantized."""
+    """One block of the source and its states, beside the block that is being quantized.
+
+    reference: the source's own states, of all windows or the first ones; groups: paths that share an input, in the
+    order in which the block computes; room: bytes that halted passes may hold; within: entered while the block runs.
+    `block` must be as it is to be rounded when `drift` is first asked for. Context manager.
+    """
 
     def __init__(
         self,
@@ -40,15 +50,40 @@ class Follower:
         reference: capture.States,
         states: capture.States,
         kwargs: dict[str, Any],
+        groups: list[list[str]],
         batch: capture.MicroBatch,
+        room: float,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self.within = within
         self.twin = copy.deepcopy(block)
-        self.reference, self.states, self.kwargs, self.batch = reference, states, kwargs, batch
+        self.device = states.device
         self.writers = capture.residual_writers(block, states, kwargs)
+        stops = [paths[0] for paths in groups]
+        before = {
+            index: self.writers[paths[0]]
+            for index, paths in enumerate(groups)
+            if len(paths) == 1 and paths[0] in self.writers
+        }
+        self._groups = groups
+        self._far = Passes(self.twin, reference, kwargs, stops, batch, room / 2, before)
+        self._near = Passes(block, states, kwargs, stops, batch, room / 2, before)
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up all passes."""
+        self._far.close()
+        self._near.close()
 
     def advance(self, name: str) -> None:
-        """Brings the source's states past this block. Errors: `FinalError` where they are not finite."""
-        capture.replay(self.twin, name, self.reference, self.kwargs, self.batch)
+        """Brings both streams of states past this block. Errors: `FinalError` where they are not finite."""
+        self._near.advance(name)
+        self._far.advance(name)
 
     def weight(self, path: str) -> Tensor:
         """The source's weight of a linear, float32 (out, in)."""
@@ -56,38 +91,34 @@ class Follower:
         assert isinstance(module, nn.Linear)
         return module.weight.detach().float()
 
-    def drift(self, block: nn.Module, paths: list[str], channels: Tensor | None) -> Drift | None:
-        """The drift of the group `paths`, whose predecessors in `block` are quantized; None where it is not finite.
+    def drift(self, index: int, channels: Tensor | None) -> Drift | None:
+        """The drift of group `index`, whose predecessors in the block are quantized; None where it is not finite.
 
         channels: what the group's inputs have been divided by since (in), or None.
         """
-        path, device = paths[0], self.states.device
-        first = self.twin.get_submodule(path)
+        with self.within():
+            return self._drift(index, channels)
+
+    def _drift(self, index: int, channels: Tensor | None) -> Drift | None:
+        first = self.twin.get_submodule(self._groups[index][0])
         assert isinstance(first, nn.Linear)
-        writes = len(paths) == 1 and path in self.writers
-        before = self.writers[path] if writes else None
-        H = SecondMoment(first.in_features, device)
-        inputs = CrossMoment(first.in_features, first.in_features, device)
-        stream = CrossMoment(first.out_features, first.in_features, device) if writes else None
-        start = 0
-        while start < len(self.states):
-            stop = min(start + self.batch.windows, len(self.states))
-            try:
-                aimed, r_aimed = capture.inputs_of(
-                    self.twin, self.reference.get(start, stop), self.kwargs, path, before
-                )
-                x, r = capture.inputs_of(block, self.states.get(start, stop), self.kwargs, path, before)
-            except torch.cuda.OutOfMemoryError:
-                if not self.batch.halve():
-                    raise
-                torch.cuda.empty_cache()
-                continue
-            far = aimed.float() if channels is None else aimed.float() / channels
+        H = SecondMoment(first.in_features, self.device)
+        inputs = CrossMoment(first.in_features, first.in_features, self.device)
+        stream = None
+        if index in self._near.before:
+            stream = CrossMoment(first.out_features, first.in_features, self.device)
+        for near, far in walk((self._near, self._far), index):
+            assert near is not None
+            x, r = near
             H.add(x)
-            inputs.add((far - x.float()).to(x.dtype), x)
-            if stream is not None:
-                stream.add((r_aimed.float() - r.float()).to(x.dtype), x)
-            start = stop
+            if far is None:
+                continue
+            aimed, r_aimed = far
+            x = x[: len(aimed)]
+            goal = aimed.float() if channels is None else aimed.float() / channels
+            inputs.add((goal - x.float()).to(x.dtype), x)
+            if stream is not None and r is not None and r_aimed is not None:
+                stream.add((r_aimed.float() - r[: len(aimed)].float()).to(x.dtype), x)
         if not H.finite():
             return None
         found = Drift(H.finish(), inputs.finish(), None if stream is None else stream.finish())

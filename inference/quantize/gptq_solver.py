@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import dense
 import kernels
-from grid import Grid, GridSpec, representable
+from grid import Grid, GridSpec, dequantize
 
 OUTLIER = 10.0  # times the median of the diagonal
-COLUMNS = 128  # columns of one step of the blocked recursion
+COLUMNS = 128  # columns of one piece of the blocked recursion
+SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
 STRIP = 1024  # rows of a large matrix that are moved at a time
 
 
@@ -44,13 +46,13 @@ def condition_(H: Tensor, damping: float) -> None:
 
     A *dead* channel (zero on the diagonal) carried no signal: any weight would do, and a one on the diagonal makes
     it round to nearest. An *outlier*, a channel far over the median, counts for `OUTLIER` medians in the mean: a few
-    of them would otherwise damp away all that is known of the others.
+    of them would otherwise damp away all that is known of the others. The device is not waited for.
     """
     diagonal = H.diagonal()
-    live = diagonal[diagonal > 0]
-    floor = torch.ones((), dtype=H.dtype, device=H.device)
-    if len(live):
-        floor = torch.minimum(diagonal, OUTLIER * live.median()).mean()
+    live = diagonal > 0
+    middle = (live.sum(0, keepdim=True) - 1).clamp(min=0) // 2
+    median = torch.where(live, diagonal, torch.inf).sort().values.index_select(0, middle)
+    floor = torch.where(live.any(), torch.minimum(diagonal, OUTLIER * median).mean(), 1.0)
     diagonal.copy_(torch.where(diagonal <= 0, floor, diagonal))
     diagonal.add_(damping * floor)
 
@@ -64,7 +66,7 @@ def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10
     """The factor of `H` (in, in), which is left damped, in place, by as much as it took.
 
     The damping is raised tenfold at a time where Cholesky fails; float64 is tried before that. Beside `H` and the
-    factor it needs a quarter of `H` more. Errors: `NotFactorizable`, with `H` as it was.
+    factor it needs a quarter of `H` more, of a small `H` as much again. Errors: `NotFactorizable`, with `H` as it was.
     """
     width = H.shape[0]
     order = activation_order(H) if act_order else torch.arange(width, device=H.device)
@@ -101,12 +103,12 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
     strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
     for a, b in strips:
         A[a:b] = H[reverse[a:b]][:, reverse]
-    info = torch.empty((), dtype=torch.int32, device=H.device)
-    torch.linalg.cholesky_ex(A, out=(A, info))
-    if int(info):
+    failed = dense.cholesky_(A)
+    if not A.is_cuda and bool(failed):
         return None
-    kernels.lower_inverse_(A)
-    if not bool(torch.isfinite(A.diagonal()).all()):
+    dense.lower_inverse_(A)
+    # On a GPU the only question that waits for an answer.
+    if bool(failed | ~torch.isfinite(A.diagonal()).all()):
         return None
     R = A.to(torch.float32)
     del A
@@ -134,19 +136,20 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     work = W.T[order].contiguous()  # (in, out): a column of W is a contiguous row
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
-    for start in range(0, width, COLUMNS):
-        stop = min(start + COLUMNS, width)
-        errors = kernels.compensate_columns(
-            work[start:stop],
-            scale,
-            zero,
-            group[start:stop],
-            R[start:stop, start:stop],
-            spec.levels,
-            q[start:stop],
-        )
-        if stop < width:
-            work[stop:].addmm_(R[start:stop, stop:].T, errors, alpha=-1.0)
+    errors = torch.empty(min(SPAN, width), out, device=W.device)
+    for first in range(0, width, SPAN):
+        last = min(first + SPAN, width)
+        for start in range(first, last, COLUMNS):
+            part = slice(start, min(start + COLUMNS, last))
+            if start > first:
+                # What the span's earlier pieces left, all at once; the columns after the span wait for its end.
+                work[part].addmm_(R[first:start, part].T, errors[: start - first], alpha=-1.0)
+            kernels.compensate_columns(
+                work[part], scale, zero, group[part], R[part, part], spec.levels, q[part],
+                errors[start - first : part.stop - first],
+            )  # fmt: skip
+        if last < width:
+            work[last:].addmm_(R[first:last, last:].T, errors[: last - first], alpha=-1.0)
     result = torch.empty_like(q)
     result[order] = q
     return result.T.contiguous()
@@ -163,55 +166,53 @@ def descend(
     """
     width = W.shape[1]
     size = spec.group_size
+    gradient = H @ (W - dequantize(q, grid, size)).T  # (in, out)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
-    work = W.T.contiguous()
     integers = q.T.contiguous()
-    value = (integers.to(torch.float32) - zero.repeat_interleave(size, 0)) * scale.repeat_interleave(size, 0)
-    gradient = H @ (work - value)  # (in, out)
-    # A piece never crosses a group's border: its columns share one scale.
-    pieces = [
-        (start, min(start + COLUMNS, first + size))
-        for first in range(0, width, size)
-        for start in range(first, first + size, COLUMNS)
-    ]
-    for _ in range(sweeps):
-        for start, stop in pieces:
-            index = start // size
-            block = H[start:stop, start:stop]
-            before = value[start:stop].clone()
-            if refit and size <= COLUMNS:
-                u = integers[start:stop].to(torch.float32) - zero[index]
-                Hu = block @ u
-                step = (u * gradient[start:stop]).sum(0) / (u * Hu).sum(0).clamp(min=1e-30)
-                fresh = representable(scale[index] + step, spec.scale_dtypes)
-                change = fresh - scale[index]
-                # A rounded step may overshoot: keep it only where the quadratic form falls.
-                gain = 2 * change * (u * gradient[start:stop]).sum(0) - change * change * (u * Hu).sum(0)
-                fresh = torch.where(gain > 0, fresh, scale[index])
-                scale[index] = fresh
-                value[start:stop] = u * fresh
-                gradient[start:stop] -= block @ (value[start:stop] - before)
-            kernels.descend_columns(
-                gradient[start:stop],
-                value[start:stop],
-                scale[index],
-                zero[index],
-                block,
-                spec.levels,
-                integers[start:stop],
-            )
-            delta = value[start:stop] - before
-            # The rows of this block were kept current by the steps above; the rest learn of the change now.
-            if start:
-                gradient[:start].addmm_(H[:start, start:stop], delta, alpha=-1.0)
-            if stop < width:
-                gradient[stop:].addmm_(H[stop:, start:stop], delta, alpha=-1.0)
+    dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
+    spans = _spans(width, size)
+    changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
+    missing = torch.empty(min(COLUMNS, size), W.shape[0], device=W.device)
+    for sweep in range(sweeps):
+        for span in spans:
+            first, last = span[0].start, span[-1].stop
+            for part in span:
+                start, stop, index = part.start, part.stop, part.start // size
+                late = None
+                if start > first:
+                    # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
+                    late = missing[: stop - start]
+                    torch.mm(H[part, first:start], changes[: start - first], out=late)
+                kernels.descend_columns(
+                    gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
+                    changes[start - first : stop - first], dtypes,
+                )  # fmt: skip
+            # In the last sweep no one asks any more about the columns that are done.
+            rest = slice(last if sweep == sweeps - 1 else 0, width)
+            if rest.start < width:
+                gradient[rest].addmm_(H[rest, first:last], changes[: last - first], alpha=-1.0)
     return integers.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous())
 
 
+def _spans(width: int, size: int) -> list[list[slice]]:
+    """All columns in pieces of at most `COLUMNS`, the pieces in spans of `SPAN` or a little less.
+
+    A piece never crosses a group's border: its columns share one scale.
+    """
+    spans: list[list[slice]] = []
+    for group in range(0, width, size):
+        for start in range(group, group + size, COLUMNS):
+            piece = slice(start, min(start + COLUMNS, group + size))
+            if not spans or piece.stop - spans[-1][0].start > SPAN:
+                spans.append([])
+            spans[-1].append(piece)
+    return spans
+
+
+@kernels.tensor_cores()
 def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
     """`tr((W - V) H (W - V)^T) / tr(W H W^T)`: the relative squared output error of a layer."""
-    E = W - V
-    lost = float(torch.sum((E @ H) * E, dtype=torch.float64))
-    whole = float(torch.sum((W @ H) * W, dtype=torch.float64))
+    both = torch.cat((W - V, W))
+    forms = torch.sum((both @ H).mul_(both), dim=1, dtype=torch.float64)
+    lost, whole = forms.reshape(2, -1).sum(1).tolist()
     return lost / whole if whole > 0 else 0.0

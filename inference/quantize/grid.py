@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import representable
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +47,6 @@ class Grid:
 
     scale: Tensor
     zero: Tensor
-
-
-def representable(scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
-    """Rounds float32 scales to values that every dtype of `dtypes` holds exactly, never to zero."""
-    tiny = 2.0**-14  # the smallest normal float16: below it a step loses its precision
-    sign = torch.where(scale < 0, -1.0, 1.0)
-    magnitude = scale.abs().clamp(min=tiny, max=65000.0)
-    for dtype in dtypes:
-        magnitude = magnitude.to(dtype).to(torch.float32)
-    return magnitude * sign
 
 
 def expand(grid: Grid, group_size: int) -> tuple[Tensor, Tensor]:

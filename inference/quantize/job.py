@@ -22,7 +22,7 @@ from evaluate import pick_device
 from folds import find_folds
 from hub import resolve_model
 from publish import check_target
-from solve import EFFORTS, LayerReport, SolveOptions
+from solve import LayerReport, SolveOptions, effort
 from source import Scratch, Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
@@ -44,6 +44,7 @@ class Run:
     reports: list[LayerReport] = field(default_factory=list)
     library: backend.Session | None = None  # None: this program does the work
     outcome: backend.Outcome | None = None  # of the library's work
+    _inside: float | None = None  # seconds of the stages inside the one that runs; None where none does
 
     @property
     def versions(self) -> dict[str, str]:
@@ -68,13 +69,20 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time inside to `stages`; device work belongs to the stage that started it."""
+        """Adds the time inside to `stages`, less that of the stages inside it.
+
+        Device work belongs to the outermost stage that started it, or to the one inside that waited for it.
+        """
         self.stages.setdefault(name, 0.0)  # in the order in which they begin
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stages[name] += time.perf_counter() - start
+        outer, self._inside, start = self._inside, 0.0, time.perf_counter()
+        try:
+            yield
+            if self.device.type == "cuda" and outer is None:
+                torch.cuda.synchronize(self.device)
+        finally:
+            seconds = time.perf_counter() - start
+            self.stages[name] += seconds - self._inside
+            self._inside = None if outer is None else outer + seconds
 
 
 def prepare(config: QuantizeConfig, console: Console) -> Run:
@@ -135,7 +143,7 @@ def prepare(config: QuantizeConfig, console: Console) -> Run:
         act_order=config.method == "awq" or config.desc_act,
         dynamic_groups=config.dynamic_groups,
         damping=AWQ_DAMPING if config.method == "awq" else config.damp_percent,
-        effort=EFFORTS[config.quality],
+        effort=effort(config.quality, config.bits),
         zero_min=1 if layout == "gptq" else 0,
         scale_dtypes=(torch.bfloat16, torch.float16) if store == torch.bfloat16 else (torch.float16,),
         store=store,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ except ImportError:  # no build for this platform
     triton = None
 
 GROUPS = (32, 64, 128)  # group sizes that the search kernel holds
-STRIPS = 8
 
 
 def on_triton(tensor: Tensor) -> bool:
@@ -56,42 +56,98 @@ def tensor_cores() -> Iterator[None]:
         setattr(settings, name, before)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The inverse of a triangle: matrix products alone.
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices whose sum is `x`, float32: TF32's ten bits of it, and the rest, of which TF32 loses little.
 
-
-def lower_inverse_(L: Tensor) -> None:
-    """Replaces a lower triangular matrix (n, n) by its inverse: two half-size inverses and two products, by halving.
-
-    Nearly all of the arithmetic is in matrix products. What lies above the diagonal must be zero, and stays it.
+    Laid out as `x` is, but without gaps.
     """
-    _invert(L, 0, L.shape[0])
+    if x.stride(1) != 1 and x.stride(0) == 1:
+        high, low = split(x.T)
+        return high.T, low.T
+    high, low = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    run = _split_triton if on_triton(x) and x.stride(1) == 1 else _split_torch
+    run(x, high, low)
+    return high, low
 
 
-def _invert(L: Tensor, start: int, stop: int) -> None:
-    if stop - start <= 512:
-        block = L[start:stop, start:stop]
-        eye = torch.eye(stop - start, dtype=L.dtype, device=L.device)
-        block.copy_(torch.linalg.solve_triangular(block, eye, upper=False))
-        return
-    middle = start + ((stop - start) // 2 + 127) // 128 * 128
-    _invert(L, start, middle)
-    _invert(L, middle, stop)
-    corner, first, second = (
-        L[middle:stop, start:middle],
-        L[start:middle, start:middle],
-        L[middle:stop, middle:stop],
+def _split_torch(x: Tensor, high: Tensor, low: Tensor) -> None:
+    bits = high.view(torch.int32)
+    torch.add(x.view(torch.int32), 0x1000, out=bits)
+    bits.bitwise_and_(-0x2000)
+    torch.sub(x, high, out=low)
+
+
+@_jit
+def _tf32(x):  # type: ignore[no-untyped-def]
+    """The nearest number that TF32 holds."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@_jit
+def _split_kernel(x, high, low, columns, x_stride, stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < columns
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    kept = _tf32(value)
+    tl.store(high + row * stride + column, kept, mask=inside)
+    tl.store(low + row * stride + column, value - kept, mask=inside)
+
+
+def _split_triton(x: Tensor, high: Tensor, low: Tensor) -> None:
+    rows, columns = x.shape
+    _split_kernel[(rows, triton.cdiv(columns, 1024))](
+        x, high, low, columns, x.stride(0), high.stride(0), N=1024, num_warps=4
     )
-    below = torch.empty_like(corner, memory_format=torch.contiguous_format)
-    # Strips skip most of the zeros of a triangular factor, for nearly half of the arithmetic.
-    step = max(256, -(-first.shape[0] // STRIPS))
-    for a in range(0, first.shape[0], step):
-        b = min(a + step, first.shape[0])
-        torch.mm(corner[:, a:], first[a:, a:b], out=below[:, a:b])
-    below.neg_()
-    for a in range(0, second.shape[0], step):
-        b = min(a + step, second.shape[0])
-        torch.mm(second[a:b, :b], below[:b], out=corner[a:b])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the loops over columns share. They go in steps of `SUB` columns: inside a step only its own columns hear of each
+# other at once, in registers; a product then tells the rest of the piece.
+
+SUB = 16  # the least that a product on the tensor cores takes
+ROWS = 16  # rows of the weights in a tile, for one warp: tiles of a step are square
+
+
+@_jit
+def _nearest(x, low, high):  # type: ignore[no-untyped-def]
+    """To the nearest whole number within whole bounds, ties to even: 1.5 * 2^23 more leaves no bit for a fraction."""
+    x = tl.minimum(tl.maximum(x, low), high)
+    return (x + 12582912.0) - 12582912.0
+
+
+@_jit
+def _row(tile, at):  # type: ignore[no-untyped-def]
+    """The one row of `tile` where `at` is true."""
+    return tl.sum(tl.where(at[:, None], tile, 0.0), axis=0)
+
+
+@_jit
+def _part(tile, step, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows `[step * S, step * S + S)` of `tile` (C, B)."""
+    if C == S:
+        return tile
+    at = tl.arange(0, C // S) == step
+    return tl.sum(tl.where(at[:, None, None], tl.reshape(tile, (C // S, S, B)), 0.0), axis=0)
+
+
+@_jit
+def _add_product(total, a, whole):  # type: ignore[no-untyped-def]
+    """`total + a @ whole`, for whole numbers of at most ten bits, which TF32 holds; `a` as the sum of two it holds."""
+    high = _tf32(a)
+    total = tl.dot(a - high, whole, total, input_precision="tf32")
+    return tl.dot(high, whole, total, input_precision="tf32")
+
+
+def _contiguous_rows(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.stride(1) != 1:
+            raise ValueError(f"the kernel needs contiguous rows, not strides {tensor.stride()}")
+
+
+def _padded(columns: int) -> int:
+    """Columns of the tile that holds these."""
+    return max(SUB, int(triton.next_power_of_2(columns)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,107 +155,120 @@ def _invert(L: Tensor, start: int, stop: int) -> None:
 
 
 def compensate_columns(
-    work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
-) -> Tensor:
+    work: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    R: Tensor,
+    levels: int,
+    q: Tensor,
+    errors: Tensor,
+) -> None:
     """Rounds `c` columns (at most 128) one after another, each error spread over the columns after it.
 
     work: float32 (c, out), a column of W a row, overwritten with the rounded values. scale, zero: (groups,
-    out). group: int64 (c), each column's group. R: (c, c) upper. q: uint8 (c, out), written. Returns the
-    errors over `R_jj`, float32 (c, out), for the update of all later columns.
+    out). group: int64 (c), each column's group. R: (c, c) upper; what lies below is not read. Written: q, uint8
+    (c, out), and errors, float32 (c, out): the errors over `R_jj`, for the update of all later columns.
     """
-    if on_triton(work):
-        return _compensate_columns_triton(work, scale, zero, group, R, levels, q)
-    return _compensate_columns_torch(work, scale, zero, group, R, levels, q)
+    run = _compensate_columns_triton if on_triton(work) else _compensate_columns_torch
+    run(work, scale, zero, group, R, levels, q, errors)
 
 
 def _compensate_columns_torch(
-    work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
-) -> Tensor:
-    errors = torch.empty_like(work)
-    diagonal = R.diagonal().tolist()
+    work: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    R: Tensor,
+    levels: int,
+    q: Tensor,
+    errors: Tensor,
+) -> None:
+    columns = work.shape[0]
+    diagonal = R.diagonal()
     s_all, z_all = scale[group], zero[group]
-    for j in range(work.shape[0]):
-        s, z = s_all[j], z_all[j]
-        integer = (torch.round(work[j] / s) + z).clamp_(0, levels)
-        q[j] = integer.to(torch.uint8)
-        value = (integer - z) * s
-        error = (work[j] - value) / diagonal[j]
-        work[j + 1 :].addr_(R[j, j + 1 :], error, alpha=-1.0)
-        work[j] = value
-        errors[j] = error
-    return errors
-
-
-@_jit
-def _nearest(x):  # type: ignore[no-untyped-def]
-    """To the nearest whole number, ties to even: adding 1.5 * 2^23 leaves no bit for a fraction."""
-    # The bounds lie far outside any grid, and are small enough for the trick.
-    x = tl.minimum(tl.maximum(x, -1048576.0), 1048576.0)
-    return (x + 12582912.0) - 12582912.0
+    for start in range(0, columns, SUB):
+        stop = min(start + SUB, columns)
+        part = slice(start, stop)
+        # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the loop.
+        s, z = s_all[part], z_all[part]
+        low, high = -z, levels - z
+        block = R[part, part] / diagonal[part, None]
+        y, inverse = work[part] / s, 1 / s
+        u = torch.empty_like(y)
+        for j in range(stop - start):
+            u[j] = torch.round(torch.minimum(torch.maximum(y[j], low[j]), high[j]))
+            error = (y[j] - u[j]) * s[j]
+            y[j + 1 :] -= block[j, j + 1 :, None] * error * inverse[j + 1 :]
+        q[part] = (u + z).to(torch.uint8)
+        work[part] = u * s
+        errors[part] = (y - u) * s / diagonal[part, None]
+        if stop < columns:
+            work[stop:].addmm_(R[start:stop, stop:].T, errors[start:stop], alpha=-1.0)
 
 
 @_jit
 def _compensate_kernel(  # type: ignore[no-untyped-def]
     work, errors, q, scale, zero, group, R, columns, out, work_stride, errors_stride, q_stride, scale_stride,
-    zero_stride, R_stride, levels, C: tl.constexpr, B: tl.constexpr,
+    zero_stride, R_stride, levels, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
+    i = tl.arange(0, S)
     there = k < columns
     tile = tl.load(
         work + k[:, None] * work_stride + row[None, :], mask=there[:, None] & inside[None, :], other=0.0
     )
-    index = tl.load(group).to(tl.int64)
-    s = tl.load(scale + index * scale_stride + row, mask=inside, other=1.0)
-    z = tl.load(zero + index * zero_stride + row, mask=inside, other=0.0)
-    r = tl.load(R + k, mask=there, other=0.0)
-    diagonal = tl.load(R)
-    index = tl.load(group + tl.minimum(1, columns - 1)).to(tl.int64)
-    for j in range(columns):
-        # What the next step needs is asked for now, to arrive while this one computes.
-        ahead = tl.minimum(j + 1, columns - 1)
-        next_r = tl.load(R + ahead * R_stride + k, mask=there, other=0.0)
-        next_diagonal = tl.load(R + ahead * R_stride + ahead)
-        next_s = tl.load(scale + index * scale_stride + row, mask=inside, other=1.0)
-        next_z = tl.load(zero + index * zero_stride + row, mask=inside, other=0.0)
-        index = tl.load(group + tl.minimum(j + 2, columns - 1)).to(tl.int64)
-        w = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
-        integer = tl.minimum(tl.maximum(_nearest(tl.div_rn(w, s)) + z, 0.0), levels)
-        v = (integer - z) * s
-        error = tl.div_rn(w - v, tl.zeros_like(w) + diagonal)
-        # R is upper: columns before j see zero, column j itself is done with.
-        tile -= tl.where(k > j, r, 0.0)[:, None] * error[None, :]
-        tl.store(q + j * q_stride + row, integer.to(tl.uint8), mask=inside)
-        tl.store(work + j * work_stride + row, v, mask=inside)
-        tl.store(errors + j * errors_stride + row, error, mask=inside)
-        s, z, r, diagonal = next_s, next_z, next_r, next_diagonal
-
-
-def _tile(out: int) -> tuple[int, int]:
-    """Rows of a tile: one warp each, enough of them for every scheduler."""
-    return (32, 1) if out >= 8192 else (16, 1)
-
-
-def _rows(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.stride(1) != 1:
-            raise ValueError(f"the kernel needs contiguous rows, not strides {tensor.stride()}")
+    for start in range(0, C, S):
+        part = start + i
+        present = part < columns
+        mask = present[:, None] & inside[None, :]
+        # All that the loop needs is in registers before it starts; R is read turned round, (later, earlier).
+        index = tl.load(group + part, mask=present, other=0).to(tl.int64)
+        s = tl.load(scale + index[:, None] * scale_stride + row[None, :], mask=mask, other=1.0)
+        z = tl.load(zero + index[:, None] * zero_stride + row[None, :], mask=mask, other=0.0)
+        diagonal = tl.load(R + part * (R_stride + 1), mask=present, other=1.0)
+        later = (part[:, None] > part[None, :]) & present[:, None]
+        block = tl.load(R + part[None, :] * R_stride + part[:, None], mask=later, other=0.0)
+        after = (k[:, None] >= start + S) & there[:, None]
+        panel = tl.load(R + part[None, :] * R_stride + k[:, None], mask=after, other=0.0)
+        # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the loop.
+        block = tl.div_rn(block, tl.zeros_like(block) + diagonal[None, :])
+        inverse = tl.div_rn(tl.full((S, B), 1.0, tl.float32), s)
+        y = tl.div_rn(_part(tile, start // S, C, S, B), s)
+        low, high = -z, levels - z
+        for j in range(S):
+            at = i == j
+            # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
+            error = _row((y - _nearest(y, low, high)) * s, at)
+            y -= tl.sum(tl.where(at[None, :], block, 0.0), axis=1)[:, None] * error[None, :] * inverse
+        # A row is left alone after its own turn, so that here each is what it was then.
+        u = _nearest(y, low, high)
+        over = tl.div_rn((y - u) * s, tl.zeros_like(y) + diagonal[:, None])
+        tl.store(q + part[:, None] * q_stride + row[None, :], (u + z).to(tl.uint8), mask=mask)
+        tl.store(work + part[:, None] * work_stride + row[None, :], u * s, mask=mask)
+        tl.store(errors + part[:, None] * errors_stride + row[None, :], over, mask=mask)
+        tile = tl.dot(-panel, over, tile, input_precision="tf32x3")
 
 
 def _compensate_columns_triton(
-    work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
-) -> Tensor:
+    work: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    R: Tensor,
+    levels: int,
+    q: Tensor,
+    errors: Tensor,
+) -> None:
     columns, out = work.shape
-    _rows(work, scale, zero, R, q)
-    errors = torch.empty_like(work)
-    B, warps = _tile(out)
-    _compensate_kernel[(triton.cdiv(out, B),)](
+    _contiguous_rows(work, scale, zero, R, q, errors)
+    _compensate_kernel[(triton.cdiv(out, ROWS),)](
         work, errors, q, scale, zero, group.contiguous(), R, columns, out, work.stride(0), errors.stride(0),
         q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels),
-        C=triton.next_power_of_2(columns), B=B, num_warps=warps,
+        C=_padded(columns), S=SUB, B=ROWS, num_warps=1,
     )  # fmt: skip
-    return errors
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,75 +276,195 @@ def _compensate_columns_triton(
 
 
 def descend_columns(
-    gradient: Tensor, value: Tensor, scale: Tensor, zero: Tensor, H: Tensor, levels: int, q: Tensor
+    gradient: Tensor,
+    missing: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
 ) -> None:
-    """One pass of coordinate descent over `c` columns (at most 128), all tensors a column a row.
+    """One pass of coordinate descent over `c` columns (at most 128) of one group, all tensors a column a row.
 
-    gradient: `H (w - v)` for these columns, float32 (c, out), kept current among them; value: `v`, updated;
-    scale, zero: (out); H: (c, c), symmetric; q: uint8 (c, out), updated.
+    gradient: float32 (c, out), which without `missing` (c, out) is `H (w - v)` for these columns; neither is changed.
+    scale, zero: (out). H: (c, c), symmetric. q: uint8 (c, out), updated. refit: what a scale must survive a cast to;
+    the group's scale is then set first, in place, to the best for the integers, but where rounding it would lose.
+    Written: delta, float32 (c, out), the change of the values, for the gradient, of these columns too.
     """
-    if on_triton(gradient):
-        _descend_columns_triton(gradient, value, scale, zero, H, levels, q)
-    else:
-        _descend_columns_torch(gradient, value, scale, zero, H, levels, q)
+    run = _descend_columns_triton if on_triton(gradient) else _descend_columns_torch
+    run(gradient, missing, scale, zero, H, levels, q, delta, refit)
 
 
 def _descend_columns_torch(
-    gradient: Tensor, value: Tensor, scale: Tensor, zero: Tensor, H: Tensor, levels: int, q: Tensor
+    gradient: Tensor,
+    missing: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
 ) -> None:
-    for j in range(value.shape[0]):
-        target = value[j] + gradient[j] / H[j, j]
-        integer = (torch.round(target / scale) + zero).clamp_(0, levels)
-        fresh = (integer - zero) * scale
-        delta = fresh - value[j]
-        value[j] = fresh
-        q[j] = integer.to(torch.uint8)
-        gradient.addr_(H[j], delta, alpha=-1.0)
+    columns = q.shape[0]
+    g = gradient.clone() if missing is None else gradient - missing
+    u = q.to(g.dtype) - zero
+    before = scale.clone()
+    if refit is not None:
+        Hu = H @ u
+        slope, curve = (u * g).sum(0), (u * Hu).sum(0)
+        fresh = representable(before + slope / curve.clamp(min=1e-30), refit)
+        change = fresh - before
+        # A rounded step may overshoot: keep it only where the quadratic form falls.
+        scale.copy_(torch.where(2 * change * slope - change * change * curve > 0, fresh, before))
+        g -= Hu * (scale - before)
+    # In steps of the grid the integers are all that counts, and no division is left.
+    g *= 1 / scale
+    for start in range(0, columns, SUB):
+        stop = min(start + SUB, columns)
+        inverse = (1 / H.diagonal()[start:stop])[:, None]
+        block = H[start:stop, start:stop] * inverse
+        old = u[start:stop]
+        target = old + g[start:stop] * inverse
+        steps = torch.empty_like(target)
+        for j in range(stop - start):
+            steps[j] = torch.round(torch.minimum(torch.maximum(target[j], -zero), levels - zero)) - old[j]
+            target[j + 1 :].addr_(block[j + 1 :, j], steps[j], alpha=-1.0)
+        new = old + steps
+        q[start:stop] = (new + zero).to(torch.uint8)
+        delta[start:stop] = new * scale - old * before
+        if stop < columns:
+            g[stop:].addmm_(H[stop:, start:stop], steps, alpha=-1.0)
 
 
 @_jit
 def _descend_kernel(  # type: ignore[no-untyped-def]
-    gradient, value, q, scale, zero, H, columns, out, gradient_stride, value_stride, q_stride, H_stride,
-    levels, C: tl.constexpr, B: tl.constexpr,
+    gradient, missing, q, delta, scale, zero, H, columns, out, gradient_stride, missing_stride, q_stride,
+    delta_stride, H_stride, levels, MISSING: tl.constexpr, REFIT: tl.constexpr, HALF: tl.constexpr,
+    BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
+    i = tl.arange(0, S)
     there = k < columns
-    place = gradient + k[:, None] * gradient_stride + row[None, :]
-    tile = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0)
-    s = tl.load(scale + row, mask=inside, other=1.0)
+    mask = there[:, None] & inside[None, :]
+    tile = tl.load(gradient + k[:, None] * gradient_stride + row[None, :], mask=mask, other=0.0)
+    if MISSING:
+        tile -= tl.load(missing + k[:, None] * missing_stride + row[None, :], mask=mask, other=0.0)
+    before = tl.load(scale + row, mask=inside, other=1.0)
     z = tl.load(zero + row, mask=inside, other=0.0)
-    v = tl.load(value + row, mask=inside, other=0.0)
-    h = tl.load(H + k, mask=there, other=0.0)
-    diagonal = tl.load(H)
-    for j in range(columns):
-        ahead = tl.minimum(j + 1, columns - 1)
-        next_v = tl.load(value + ahead * value_stride + row, mask=inside, other=0.0)
-        next_h = tl.load(H + ahead * H_stride + k, mask=there, other=0.0)
-        next_diagonal = tl.load(H + ahead * H_stride + ahead)
-        g = tl.sum(tl.where((k == j)[:, None], tile, 0.0), axis=0)
-        target = v + tl.div_rn(g, tl.zeros_like(g) + diagonal)
-        integer = tl.minimum(tl.maximum(_nearest(tl.div_rn(target, s)) + z, 0.0), levels)
-        fresh = (integer - z) * s
-        tile -= h[:, None] * (fresh - v)[None, :]
-        tl.store(q + j * q_stride + row, integer.to(tl.uint8), mask=inside)
-        tl.store(value + j * value_stride + row, fresh, mask=inside)
-        v, h, diagonal = next_v, next_h, next_diagonal
-    tl.store(place, tile, mask=there[:, None] & inside[None, :])
+    s = before
+    if REFIT:
+        Hu = tl.zeros((C, B), tl.float32)
+        for start in range(0, C, S):
+            part = start + i
+            present = part < columns
+            panel = tl.load(
+                H + k[:, None] * H_stride + part[None, :], mask=there[:, None] & present[None, :], other=0.0
+            )
+            some = present[:, None] & inside[None, :]
+            few = tl.load(q + part[:, None] * q_stride + row[None, :], mask=some, other=0).to(tl.float32)
+            Hu = _add_product(Hu, panel, tl.where(some, few - z[None, :], 0.0))
+        u = tl.load(q + k[:, None] * q_stride + row[None, :], mask=mask, other=0).to(tl.float32)
+        u = tl.where(mask, u - z[None, :], 0.0)
+        slope, curve = tl.sum(u * tile, axis=0), tl.sum(u * Hu, axis=0)
+        fresh = _representable(before + tl.div_rn(slope, tl.maximum(curve, 1e-30)), HALF, BRAIN)
+        change = fresh - before
+        # A rounded step may overshoot: keep it only where the quadratic form falls.
+        s = tl.where(2 * change * slope - change * change * curve > 0, fresh, before)
+        tile -= Hu * (s - before)[None, :]
+        tl.store(scale + row, s, mask=inside)
+    # In steps of the grid the integers are all that counts, and no division is left.
+    tile *= tl.div_rn(tl.full((B,), 1.0, tl.float32), s)[None, :]
+    low, high = -z[None, :], levels - z[None, :]
+    for start in range(0, C, S):
+        part = start + i
+        present = part < columns
+        some = present[:, None] & inside[None, :]
+        diagonal = tl.load(H + part * (H_stride + 1), mask=present, other=1.0)
+        later = (part[:, None] > part[None, :]) & present[:, None]
+        block = tl.load(H + part[:, None] * H_stride + part[None, :], mask=later, other=0.0)
+        old = tl.load(q + part[:, None] * q_stride + row[None, :], mask=some, other=0).to(tl.float32)
+        after = (k[:, None] >= start + S) & there[:, None] & present[None, :]
+        panel = tl.load(H + k[:, None] * H_stride + part[None, :], mask=after, other=0.0)
+        old = tl.where(some, old - z[None, :], 0.0)
+        inverse = tl.div_rn(tl.full((S,), 1.0, tl.float32), diagonal)[:, None]
+        block *= inverse
+        target = old + _part(tile, start // S, C, S, B) * inverse
+        for j in range(S):
+            at = i == j
+            # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
+            change_j = _row(_nearest(target, low, high) - old, at)
+            target -= tl.sum(tl.where(at[None, :], block, 0.0), axis=1)[:, None] * change_j[None, :]
+        # A row is left alone after its own turn, so that here each is what it was then.
+        new = _nearest(target, low, high)
+        tl.store(q + part[:, None] * q_stride + row[None, :], (new + z[None, :]).to(tl.uint8), mask=some)
+        tl.store(
+            delta + part[:, None] * delta_stride + row[None, :],
+            new * s[None, :] - old * before[None, :],
+            mask=some,
+        )
+        tile = _add_product(tile, -panel, new - old)
 
 
 def _descend_columns_triton(
-    gradient: Tensor, value: Tensor, scale: Tensor, zero: Tensor, H: Tensor, levels: int, q: Tensor
+    gradient: Tensor,
+    missing: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
 ) -> None:
-    columns, out = value.shape
-    _rows(gradient, value, H, q)
-    B, warps = _tile(out)
-    _descend_kernel[(triton.cdiv(out, B),)](
-        gradient, value, q, scale.contiguous(), zero.contiguous(), H, columns, out, gradient.stride(0),
-        value.stride(0), q.stride(0), H.stride(0), float(levels),
-        C=triton.next_power_of_2(columns), B=B, num_warps=warps,
+    columns, out = q.shape
+    other = gradient if missing is None else missing
+    _contiguous_rows(gradient, other, H, q, delta, scale[None], zero[None])
+    half, brain = _casts(refit or ())
+    _descend_kernel[(triton.cdiv(out, ROWS),)](
+        gradient, other, q, delta, scale, zero, H, columns, out, gradient.stride(0), other.stride(0),
+        q.stride(0), delta.stride(0), H.stride(0), float(levels), MISSING=missing is not None,
+        REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS, num_warps=1,
     )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scales that survive a cast.
+
+
+def representable(scale: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """Rounds float32 scales to values that every dtype of `dtypes` holds exactly, never to zero."""
+    tiny = 2.0**-14  # the smallest normal float16: below it a step loses its precision
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    magnitude = scale.abs().clamp(min=tiny, max=65000.0)
+    for dtype in dtypes:
+        magnitude = magnitude.to(dtype).to(torch.float32)
+    return magnitude * sign
+
+
+def _casts(dtypes: tuple[torch.dtype, ...]) -> tuple[bool, bool]:
+    """Whether the kernels' `_representable` is to cast to float16, and then to bfloat16, for what `dtypes` does."""
+    half, brain = torch.float16 in dtypes, torch.bfloat16 in dtypes
+    if half and brain:  # a bfloat16 in float16's range is a float16 too
+        half = dtypes.index(torch.float16) < dtypes.index(torch.bfloat16)
+    return half, brain
+
+
+@_jit
+def _representable(scale, HALF: tl.constexpr, BRAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    magnitude = tl.minimum(tl.maximum(tl.abs(scale), 0.00006103515625), 65000.0)
+    if HALF:
+        magnitude = magnitude.to(tl.float16).to(tl.float32)
+    if BRAIN:
+        # To bfloat16 and back, on the bits: to nearest, ties to even.
+        bits = magnitude.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        magnitude = bits.to(tl.float32, bitcast=True)
+    return tl.where(scale < 0, -magnitude, magnitude)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -293,25 +482,12 @@ def can_search(W: Tensor, M: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
 
 
 @_jit
-def _representable(scale, HALF: tl.constexpr, BRAIN: tl.constexpr):  # type: ignore[no-untyped-def]
-    magnitude = tl.minimum(tl.maximum(tl.abs(scale), 0.00006103515625), 65000.0)
-    if HALF:
-        magnitude = magnitude.to(tl.float16).to(tl.float32)
-    if BRAIN:
-        # To bfloat16 and back, on the bits: to nearest, ties to even.
-        bits = magnitude.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        magnitude = bits.to(tl.float32, bitcast=True)
-    return tl.where(scale < 0, -magnitude, magnitude)
-
-
-@_jit
 def _steps(W, scale, zero, levels):  # type: ignore[no-untyped-def]
     """Signed steps `q - z` of rounding to nearest: (rows, g)."""
     z = zero[:, None]
     # One division a row and not one a weight: another integer only where a weight lies within 2^-23 of a tie.
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    return tl.minimum(tl.maximum(_nearest(W * inverse[:, None]) + z, 0.0), levels) - z
+    return _nearest(W * inverse[:, None], -z, levels - z)
 
 
 @_jit
@@ -362,8 +538,8 @@ def _search_kernel(  # type: ignore[no-untyped-def]
         span = tl.div_rn(high - low, tl.zeros_like(low) + levels)
         for i in range(sweep):
             scale = span * tl.load(factors + i)
-            centre = _nearest(tl.div_rn(-(low + high), 2.0 * tl.maximum(scale, 1e-30)) + middle)
-            centre = tl.minimum(tl.maximum(centre, zero_min), levels)
+            centre = tl.div_rn(-(low + high), 2.0 * tl.maximum(scale, 1e-30)) + middle
+            centre = _nearest(centre, zero_min, levels)
             loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, levels, HALF, BRAIN, PRECISION)
         start = best
         centre = zero
@@ -398,6 +574,12 @@ def _search_tile(W: Tensor, precision: str) -> tuple[int, int]:
     return (128, 8) if precision == "tf32" else (64, 4)
 
 
+@lru_cache(maxsize=16)
+def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device once and for all: every copy to it may wait for what it is doing."""
+    return torch.tensor(numbers, device=device)
+
+
 def search_groups(
     W: Tensor, M: Tensor, factors: list[float], *, levels: int, symmetric: bool, zero_min: int,
     dtypes: tuple[torch.dtype, ...], refits: int, precision: str = "tf32",
@@ -415,11 +597,8 @@ def search_groups(
         raise ValueError(f"the kernel needs contiguous groups, not strides {W.stride()}")
     M = M.contiguous()
     loss, scale, zero = torch.empty(3, groups, out, device=W.device).unbind(0)
-    half = torch.float16 in dtypes
-    brain = torch.bfloat16 in dtypes
-    if half and brain:  # a bfloat16 in float16's range is a float16 too
-        half = dtypes.index(torch.float16) < dtypes.index(torch.bfloat16)
-    table = torch.tensor([*factors, *NEIGHBOURS], device=W.device)
+    half, brain = _casts(dtypes)
+    table = _table((*factors, *NEIGHBOURS), W.device)
     B, warps = _search_tile(W, precision)
     _search_kernel[(triton.cdiv(out, B), groups)](
         W, M, table, loss, scale, zero, out, W.stride(0), W.stride(1), M.stride(0), float(levels),

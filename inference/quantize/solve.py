@@ -1,14 +1,16 @@
 """Quantizes the linears of one block from the second moments of their inputs.
 
-The inputs are taken from the last one back to the first, so that a scale which folds into an earlier linear's rows is
-known before that linear is rounded. Where the source is followed, that goes for the scales alone, and the rounding
-goes forward: each linear is rounded for what its predecessors, quantized, make of its inputs.
+The inputs are taken in the order in which the block computes, so that each linear can be rounded for what its
+predecessors, quantized, make of its inputs. With channel scales they are taken from the last one back to the first: a
+scale which folds into an earlier linear's rows must be known before that linear is rounded. Where the source is
+followed, that goes for the scales alone, and the rounding goes forward.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,20 +27,35 @@ REPORT_ROWS = 256  # rows of a layer on which its output error is told
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: each
-    linear sees what its predecessors' quantization made of its inputs, and aims at what the source's would give."""
+    """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: the share
+    of the windows on which each linear learns what its predecessors' quantization made of its inputs, and aims at what
+    the source's would give."""
 
     search: SearchEffort
     sweeps: int
     refit: bool
-    follow: bool = False
+    follow: float = 0.0
+
+    def followed(self, windows: int, length: int) -> int:
+        """How many of `windows` of `length` tokens: the share, and never too few to tell drift from noise."""
+        return min(windows, max(math.ceil(self.follow * windows), -(-ENOUGH // length))) if self.follow else 0
 
 
+ENOUGH = 1 << 18  # tokens
 EFFORTS = {
     "fast": Effort(SearchEffort(sweep=16, refits=1), sweeps=0, refit=False),
     "default": Effort(SearchEffort(sweep=24, refits=2), sweeps=2, refit=True),
-    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=True),
+    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0),
 }
+FEW_BITS, SOME = 3, 0.25  # up to so many bits "default" follows too, on so many of the windows
+
+
+def effort(quality: str, bits: int) -> Effort:
+    """What `--quality` means at so many bits: where each costs much accuracy, following pays by default."""
+    found = EFFORTS[quality]
+    return replace(found, follow=SOME) if quality == "default" and bits <= FEW_BITS else found
+
+
 AIM = 0.75  # of the way to the source's outputs: the rest would follow the noise of the calibration tokens
 AWQ_EFFORT = SearchEffort(sweep=8, refits=1)  # enough to tell candidates apart
 
@@ -87,6 +104,9 @@ class Solved:
     report: LayerReport
 
 
+Moments = Callable[[int], Tensor | None]
+
+
 @dataclass(slots=True)
 class BlockChanges:
     """Parameters other than quantized weights that folds changed, by path in the block."""
@@ -98,7 +118,7 @@ def solve_block(
     block: nn.Module,
     name: str,
     groups: list[list[str]],
-    moments: list[Tensor | None],
+    moments: Moments,
     folds: list[Fold],
     options: SolveOptions,
     changes: BlockChanges,
@@ -106,17 +126,17 @@ def solve_block(
 ) -> Iterator[Solved]:
     """Yields every linear quantized, its de-quantized weight already in the block.
 
-    groups: paths that share an input; moments: their `H` (in, in), None where it is unusable; consumed. With a
-    `follower` the linears are taken in the order in which the block computes, and aim at what the source would give;
-    moments then serve only the folds.
+    groups: paths that share an input, in the order in which the block computes; moments: gives `H` (in, in) of one
+    group, which is used up, or None where it is unusable; asked for once each, with `folds` from the last group to
+    the first and in order without, when all groups before it are in the block. With a `follower` the linears aim at
+    what the source would give, and moments serve only the folds.
     """
     if follower is not None:
         yield from _solve_following(block, name, groups, moments, folds, options, changes, follower)
         return
     divisors: dict[str, Tensor] = {}
-    for index in range(len(groups) - 1, -1, -1):
-        paths, H = groups[index], moments[index]
-        moments[index] = None
+    for index in reversed(range(len(groups))) if folds else range(len(groups)):
+        paths, H = groups[index], moments(index)
         weights = [_linear(block, path).weight.detach().float() for path in paths]
         weights = [
             W / divisors[p][:, None] if p in divisors else W for p, W in zip(paths, weights, strict=True)
@@ -140,13 +160,14 @@ def solve_block(
         for path, W in zip(paths, weights, strict=True):
             start = time.perf_counter()
             yield _round(block, name, path, W, problem, options, exponent, shared, start)
+        del problem, weights, W  # before the next group's moment takes their place
 
 
 def _solve_following(
     block: nn.Module,
     name: str,
     groups: list[list[str]],
-    moments: list[Tensor | None],
+    moments: Moments,
     folds: list[Fold],
     options: SolveOptions,
     changes: BlockChanges,
@@ -155,10 +176,10 @@ def _solve_following(
     """First all channel scales, from the last input back to the first, then the rounding in order."""
     scales = {path: _Scaling() for paths in groups for path in paths}
     exponents: dict[str, float] = {}
-    for index in range(len(groups) - 1, -1, -1):
-        paths, H = groups[index], moments[index]
-        moments[index] = None
+    for index in reversed(range(len(groups))):
+        paths = groups[index]
         fold = next((f for f in folds if set(f.targets) == set(paths)), None)
+        H = None if fold is None else moments(index)
         if fold is None or H is None:
             continue
         weights = [scales[path].apply(follower.weight(path)) for path in paths]
@@ -178,11 +199,11 @@ def _solve_following(
     for path, scaling in scales.items():
         weight = _linear(block, path).weight
         weight.copy_(scaling.apply(follower.weight(path)).to(weight.dtype))
-    for paths in groups:
+    for index, paths in enumerate(groups):
+        drift = follower.drift(index, scales[paths[0]].channels)
         start = time.perf_counter()
-        drift = follower.drift(block, paths, scales[paths[0]].channels)
         width = _linear(block, paths[0]).in_features
-        problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.states.device)
+        problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.device)
         shared = (time.perf_counter() - start) / len(paths)
         for path in paths:
             start = time.perf_counter()
