@@ -22,7 +22,7 @@ from grid import metric_blocks, search_grid
 from solve import AWQ_EFFORT, SolveOptions
 
 LARGE = 8192  # rows of a linear from which on more rows behave as these do
-_TOKENS = 2  # times the width: enough for a second moment that can be factorized
+WIDE = 4096  # the same of columns
 
 
 def representatives(shapes: Iterable[tuple[int, int]]) -> list[int]:
@@ -37,17 +37,19 @@ def representatives(shapes: Iterable[tuple[int, int]]) -> list[int]:
 def rehearse(
     options: SolveOptions, shapes: Iterable[tuple[int, int]], device: torch.device, *, scales: bool
 ) -> None:
-    """Solves a small linear for each kind among `shapes`, (out, in). scales: channel scales are searched too."""
-    size = options.group_size
-    width = 1024 if size == -1 else max(256, 2 * size)
+    """Solves a linear, not large, for each kind among `shapes`, (out, in). scales: channel scales are searched too."""
+    shapes = list(shapes)
+    size, widest = options.group_size, min(WIDE, max(width for _, width in shapes))
+    width = widest if size == -1 else max(size, widest // size * size)
     spec = options.spec(width)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(_TOKENS * width, width, generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randn(2 * width, width, generator=generator, device=device)
     H = tokens.T @ tokens / len(tokens)
+    del tokens
     factor = factorize(H, options.damping, act_order=options.act_order)
     rows = torch.arange(width, device=device)
     for out in representatives(shapes):
-        W = torch.randn(out, width, generator=generator).to(device)
+        W = torch.randn(out, width, generator=generator, device=device)
         if scales:
             choose_scales(W, H, factor, rows, width, spec, AWQ_EFFORT)
         grid = search_grid(W, metric_blocks(H, spec.group_size), spec, options.effort.search)
