@@ -73,14 +73,14 @@ def inputs(width: int, tokens: int) -> Tensor:
     return (0.3 * x).to(torch.float16)
 
 
-def _cholesky(A: Tensor, H: Tensor) -> None:
+def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
     A.copy_(H)
-    dense.cholesky_(A)
+    return dense.cholesky_(A)[1]
 
 
-def _inverse(A: Tensor, L: Tensor) -> None:
+def _inverse(A: Tensor, L: Tensor, inverses: list[Tensor]) -> None:
     A.copy_(L)
-    dense.lower_inverse_(A)
+    dense.lower_inverse_(A, inverses)
 
 
 def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
@@ -94,12 +94,12 @@ def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
         dense.PANEL = panel
         row(f"Cholesky of {n} by panels of {panel}", timed(partial(_cholesky, A, H), 1) - copying, floor)
     dense.PANEL = plain
-    _cholesky(A, H)
+    inverses = _cholesky(A, H)
     L = A.clone()
     if n <= HIDDEN:
         row("  the library's", timed(partial(torch.linalg.cholesky_ex, H), 1), floor)
-    row(f"inverse of its factor of {n}", timed(partial(_inverse, A, L), 1) - copying, floor)
-    del A, L
+    row(f"inverse of its factor of {n}", timed(partial(_inverse, A, L, inverses), 1) - copying, floor)
+    del A, L, inverses
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     factor = gptq_solver.factorize(H, 0.0, act_order=True)

@@ -109,7 +109,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(dense, "_tf32_", emulated)
         monkeypatch.setattr(dense, "DEPTH", 100)
     monkeypatch.setattr(dense, "PANEL", 128)
-    monkeypatch.setattr(dense, "LEAF", 64)
+    monkeypatch.setattr(dense, "LEAF", 32)
     return kind
 
 
@@ -122,15 +122,18 @@ def test_cholesky_and_inverse(n: int, products: str) -> None:
     H = second_moment(n)
     truth = torch.linalg.cholesky(H)
     exact, single = H.clone(), H.float().to(DEVICE)
+    inverses = []
     for A, tolerance in ((exact, 1e-13), (single, 3e-6)):
         A.add_(torch.full_like(A, 1e3).triu(1))  # the upper triangle is not read
-        assert not bool(dense.cholesky_(A))
+        failed, blocks = dense.cholesky_(A)
+        inverses.append(blocks)
+        assert not bool(failed)
         assert torch.equal(A, A.tril())
         assert off(A, truth) < tolerance
-    dense.lower_inverse_(exact)
+    dense.lower_inverse_(exact, inverses[0])
     torch.testing.assert_close(exact @ truth, torch.eye(n, dtype=H.dtype), atol=1e-10, rtol=0)
     assert torch.equal(exact, exact.tril())
-    dense.lower_inverse_(single)
+    dense.lower_inverse_(single, inverses[1])
     assert torch.equal(single, single.tril())
     # No further off than a routine of the library in the same precision, but for a factor.
     plain = torch.linalg.inv(torch.linalg.cholesky(H.float()))
@@ -142,7 +145,7 @@ def test_cholesky_tells_that_there_is_none(where: int, products: str) -> None:
     for bad in (-1.0, float("nan")):
         A = second_moment(600).float().to(DEVICE)
         A[where, where] = bad
-        failed = dense.cholesky_(A)
+        failed, _ = dense.cholesky_(A)
         assert bool(failed) or bool(A.diagonal().isnan().any())
 
 
@@ -192,8 +195,9 @@ def test_factorization_on_the_gpu() -> None:
     n = 3000
     H = second_moment(n)
     X = H.float().to(DEVICE)
-    assert not bool(dense.cholesky_(X))
-    dense.lower_inverse_(X)
+    failed, inverses = dense.cholesky_(X)
+    assert not bool(failed)
+    dense.lower_inverse_(X, inverses)
     truth = torch.linalg.inv(torch.linalg.cholesky(H.to(DEVICE)))
     plain = torch.linalg.inv(torch.linalg.cholesky(H.float().to(DEVICE)))
     assert off(X, truth.cpu()) < 4 * off(plain, truth.cpu())

@@ -44,9 +44,11 @@ def quantize_blocks(
         return
     with run.console.blocks(len(source.blocks)) as progress:
         if done < len(source.blocks):
+            source.ahead(done, device)
             with run.stage("embed"):
                 home = _home(run, windows.tokens)
-                states, calls = capture.embed(source, windows.tokens, home, device, run.compute)
+                loading = partial(run.stage, "load")
+                states, calls = capture.embed(source, windows.tokens, home, device, run.compute, loading)
                 followed = run.options.effort.followed(*windows.tokens.shape)
                 reference = capture.copied(states, followed) if followed else None
         if done:

@@ -8,7 +8,7 @@ stand-ins, and works for every architecture that calls its blocks one after anot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,11 +146,17 @@ class Calls:
 
 @torch.no_grad()
 def embed(
-    source: Source, tokens: Tensor, home: torch.device, device: torch.device, dtype: torch.dtype
+    source: Source,
+    tokens: Tensor,
+    home: torch.device,
+    device: torch.device,
+    dtype: torch.dtype,
+    loading: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[States, Calls]:
     """The states that enter block 0 for `tokens` (windows, length), and every block's other arguments.
 
-    Errors: `InputError` for a token that the model has no embedding of (on a GPU it would end the process).
+    `loading` is entered while weights are read. Errors: `InputError` for a token that the model has no embedding of
+    (on a GPU it would end the process).
     """
     known = source.skeleton.get_input_embeddings().weight.shape[0]
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
@@ -160,7 +166,8 @@ def embed(
         )
     base = source.skeleton.base_model
     prefix = source.list_name.split(".")[0] if base is not source.skeleton else ""
-    loaded = _load_around(source, base, prefix, device, dtype)
+    with loading():
+        loaded = _load_around(source, base, prefix, device, dtype)
     calls: list[dict[str, Any]] = []
     shape = (tokens.shape[0], tokens.shape[1])
     states: States | None = None

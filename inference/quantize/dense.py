@@ -16,7 +16,7 @@ from torch import Tensor
 import kernels
 
 PANEL = 1024  # columns of one step of Cholesky, and of a triangle that is multiplied as if it were full
-LEAF = 512  # a triangle that is inverted by substitution
+LEAF = 64  # a triangle that is inverted by substitution
 DEPTH = 2048  # of what is split at a time, which bounds the memory
 LARGE = 1 << 31  # multiplications of a product that is worth splitting
 
@@ -63,26 +63,27 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
         beta = 1.0
 
 
-def cholesky_(A: Tensor) -> Tensor:
+def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Replaces a symmetric matrix (n, n), of which the lower triangle is read, by its lower Cholesky factor.
 
-    What lies above the diagonal becomes zero. Returns, on the device and without waiting for it, whether there is no
-    factor: a boolean scalar; the matrix is then worthless. NaN may pass for a factor, and is on its diagonal.
+    What lies above the diagonal becomes zero. Returns whether there is no factor, a boolean scalar on the device that
+    nobody has waited for (the matrix is then worthless), and what `lower_inverse_` takes: the inverses of the blocks
+    of `PANEL` on the diagonal. NaN may pass for a factor, and is on its diagonal.
     """
     n = A.shape[0]
-    infos = []
+    infos, inverses = [], []
     for a in range(0, n, PANEL):
         b = min(a + PANEL, n)
         block = A[a:b, a:b]
         L, info = torch.linalg.cholesky_ex(block)
         infos.append(info)
         block.copy_(L)
+        inverse = _small_inverse(L)
+        inverses.append(inverse)
         if b == n:
             break
         A[a:b, b:] = 0
         below = A[b:, a:b]
-        eye = torch.eye(b - a, dtype=A.dtype, device=A.device)
-        inverse = torch.linalg.solve_triangular(L, eye, upper=False)
         panel = torch.empty_like(below, memory_format=torch.contiguous_format)
         product_(panel, below, inverse.T, beta=0.0)
         below.copy_(panel)
@@ -92,23 +93,48 @@ def cholesky_(A: Tensor) -> Tensor:
             d = min(c + PANEL, n)
             rows, turned = (tuple(p[c - b :] for p in parts), tuple(p[c - b : d - b].T for p in parts))
             _multiply_(A[c:, c:d], rows, turned, -1.0, 1.0)
-    return torch.stack(infos).ne(0).any()
+    return torch.stack(infos).ne(0).any(), inverses
 
 
-def lower_inverse_(L: Tensor) -> None:
+def _small_inverse(L: Tensor) -> Tensor:
+    """The inverse of a lower triangle (n, n) that is not large: leaves by substitution, all at once, then doubling."""
+    n = L.shape[0]
+    full = LEAF
+    while full < n:
+        full *= 2
+    T = torch.eye(full, dtype=L.dtype, device=L.device)
+    T[:n, :n] = L
+    pairs = torch.arange(full // LEAF, device=L.device)
+    leaves = T.view(len(pairs), LEAF, len(pairs), LEAF)[pairs, :, pairs]
+    eye = torch.eye(LEAF, dtype=L.dtype, device=L.device).expand_as(leaves)
+    inverse = torch.linalg.solve_triangular(leaves, eye, upper=False)
+    size = LEAF
+    while size < full:
+        pairs = pairs[: len(pairs) // 2]
+        corners = T.view(len(pairs), 2, size, len(pairs), 2, size)[pairs, 1, :, pairs, 0]
+        first, second = inverse[0::2], inverse[1::2]
+        whole = L.new_zeros(len(pairs), 2 * size, 2 * size)
+        whole[:, :size, :size] = first
+        whole[:, size:, size:] = second
+        whole[:, size:, :size] = (second @ corners @ first).neg_()
+        inverse, size = whole, 2 * size
+    result: Tensor = inverse[0, :n, :n]
+    return result
+
+
+def lower_inverse_(L: Tensor, inverses: list[Tensor]) -> None:
     """Replaces a lower triangular matrix (n, n) by its inverse: two half-size inverses and two products, by halving.
 
-    What lies above the diagonal must be zero, and stays it.
+    What lies above the diagonal must be zero, and stays it. `inverses`: of the blocks on the diagonal, by `cholesky_`.
     """
-    n = L.shape[0]
-    if n <= LEAF:
-        eye = torch.eye(n, dtype=L.dtype, device=L.device)
-        L.copy_(torch.linalg.solve_triangular(L, eye, upper=False))
+    if len(inverses) == 1:
+        L.copy_(inverses[0])
         return
-    middle = _middle(n)
+    half = len(inverses) // 2
+    middle = half * PANEL
     first, corner, second = L[:middle, :middle], L[middle:, :middle], L[middle:, middle:]
-    lower_inverse_(first)
-    lower_inverse_(second)
+    lower_inverse_(first, inverses[:half])
+    lower_inverse_(second, inverses[half:])
     _times_lower_(corner, first, -1.0)
     _lower_times_(second, corner)
 

@@ -103,10 +103,11 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
     strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
     for a, b in strips:
         A[a:b] = H[reverse[a:b]][:, reverse]
-    failed = dense.cholesky_(A)
+    failed, inverses = dense.cholesky_(A)
     if not A.is_cuda and bool(failed):
         return None
-    dense.lower_inverse_(A)
+    dense.lower_inverse_(A, inverses)
+    del inverses
     # On a GPU the only question that waits for an answer.
     if bool(failed | ~torch.isfinite(A.diagonal()).all()):
         return None
