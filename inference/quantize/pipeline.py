@@ -31,6 +31,7 @@ from journal import Journal
 from publish import Staging
 from resume import KeptStates, first_entry, identity
 from source import Source
+from warm import Rehearsal
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,16 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
         if config.backend != libraries.NATIVE:
             library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
             run.library = stack.enter_context(library)
+        rehearsal = None
+        if run.library is None:
+            rehearsal = stack.enter_context(_rehearsal(run))
         windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
         console.note(f"calibration: {windows}")
         heldout = None
         if config.eval_data != "off":
             heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
+        if rehearsal is not None:
+            rehearsal.end()
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
             torch.zeros((), device=run.device)  # the statistics exist once the device is in use
@@ -95,6 +101,11 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
         run.versions,
         measured,
     )
+
+
+def _rehearsal(run: Run) -> Rehearsal:
+    shapes = [(linear.out_features, linear.in_features) for linear in run.source.linears(0)]
+    return Rehearsal(run.options, shapes, run.device, scales=run.config.method == "awq")
 
 
 @contextmanager
