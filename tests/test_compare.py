@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,31 @@ def test_beside_llm_compressor(tmp_path: Path) -> None:
     for method in ("awq", "gptq"):
         assert found[method, "llm-compressor"]["version"] == "0.14.0.1"
         assert 0 < found[method, "native"]["kl"] < found[method, "llm-compressor"]["kl"] < 0.1
+
+
+def test_the_libraries_own_imports_find_nothing_of_the_benchmarks(tmp_path: Path) -> None:
+    """kernels.py stands beside llm-compressor's script, and transformers asks for a package of that name."""
+    package = tmp_path / "llmcompressor"
+    package.mkdir()
+    (package / "__init__.py").write_text("""
+import importlib.util
+for name in ("compare", "kernels"):
+    found = importlib.util.find_spec(name)
+    assert found is None or "benchmarks" not in str(found.origin), found
+""")
+    (tmp_path / "llmcompressor-1.dist-info").mkdir()
+    (tmp_path / "llmcompressor-1.dist-info" / "METADATA").write_text("Name: llmcompressor\nVersion: 1\n")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("run_llmcompressor.py"))],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        input="",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    event = json.loads(done.stdout)
+    assert event["event"] == "ready", event
+    assert event["versions"]["llmcompressor"] == "1"
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@
 """GPTQModel 7.7.0 as a backend, for GPTQ and for AWQ.
 
 Activation order over groups that stay where they are is its group-aware order; `desc_act` its classic one.
+
+What packs is named. Left to itself on a GPU, the library packs AWQ by an inference kernel, which it compiles first:
+time that has nothing to do with quantizing, and a failure where there is no CUDA compiler.
 """
 
 import child
@@ -29,7 +32,7 @@ def quantize(job: child.Job, channel: child.Channel) -> None:
     }
     if job.method == "awq":
         settings = QuantizeConfig(**common, quant_method="awq", format="gemm")
-        backend = BACKEND.AUTO
+        backend = BACKEND.AWQ_TORCH
     else:
         settings = QuantizeConfig(
             **common,

@@ -5,7 +5,11 @@
 # ]
 # ///
 # mypy: ignore-errors
-"""Optimum's GPTQQuantizer as a backend, over GPTQModel, whose solver and packing it drives."""
+"""Optimum's GPTQQuantizer as a backend, over GPTQModel, whose solver and packing it drives.
+
+What packs is named. Left to itself on a GPU, GPTQModel compiles its inference kernels one after the other until it
+finds one that packs.
+"""
 
 import child
 
@@ -15,7 +19,6 @@ def load() -> None:
 
 
 def quantize(job: child.Job, channel: child.Channel) -> None:
-    import torch
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +41,7 @@ def quantize(job: child.Job, channel: child.Channel) -> None:
         act_group_aware=job.act_order == "static",
         sym=job.symmetric,
         model_seqlen=len(examples[0]["input_ids"][0]),
-        backend=None if torch.cuda.is_available() else "gptq_torch",
+        backend="gptq_torch",
     )
     with channel.stage("quantize"):
         quantizer.quantize_model(model, tokenizer)
