@@ -32,9 +32,10 @@ FAKE_VLLM = f"""#!{sys.executable} -I
 import json, os, sys, time
 watched = {{key: os.environ.get(key) for key in {WATCHED!r}}}
 record = {{"argv": sys.argv[1:], "program": sys.argv[0], "pid": os.getpid(), "environment": watched}}
-with open(os.environ["RECORD"] + ".part", "w") as file:
+part = os.environ["RECORD"] + f".{{os.getpid()}}"  # two may start at once
+with open(part, "w") as file:
     json.dump(record, file)
-os.rename(os.environ["RECORD"] + ".part", os.environ["RECORD"])
+os.replace(part, os.environ["RECORD"])
 if os.environ.get("STAY"):
     time.sleep(30)
 sys.exit(int(os.environ.get("LEAVE", "0")))
@@ -522,7 +523,8 @@ def test_two_starts_at_once_install_once(installer: Installer, awq: Path) -> Non
         starts = [
             both.submit(installer.start, awq, LLM_QUANTIZE_DEVICE="cpu", UV_TAKES="2") for _ in range(2)
         ]
-        assert [start.result().code for start in starts] == [0, 0]
+        ended = [start.result() for start in starts]
+        assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
     assert [call[1] for call in installer.calls()] == ["venv", "pip"]
 
 
