@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 import awq_quantize
+import capture
 import gptq_quantize
-from models import FAMILIES, write
+from models import CPU, FAMILIES, write
+from source import Source
 
 MAIN: dict[str, Callable[[list[str]], int]] = {"awq": awq_quantize.main, "gptq": gptq_quantize.main}
 
@@ -90,5 +92,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 tmp_path_factory.mktemp(family) / "model", FAMILIES[family](), dtype=dtype
             )
         return made[family, dtype]
+
+    return find
+
+
+@pytest.fixture
+def opened(saved: Callable[..., Path]) -> Callable[[str], tuple[Source, capture.States, dict[str, Any]]]:
+    """A family's source with its first block loaded, states of seven windows, and what the block is called with."""
+
+    def find(family: str) -> tuple[Source, capture.States, dict[str, Any]]:
+        source = Source.open(saved(family, torch.float32))
+        tokens = torch.randint(3, 2048, (7, 16), generator=torch.Generator().manual_seed(1))
+        states, calls = capture.embed(source, tokens, CPU, CPU, torch.float32)
+        source.load(source.modules[0], source.blocks[0], CPU, torch.float32)
+        return source, states, calls.kwargs[0]
 
     return find

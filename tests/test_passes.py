@@ -20,20 +20,6 @@ from source import Source
 Opened = tuple[Source, capture.States, dict[str, Any]]
 
 
-@pytest.fixture
-def opened(saved: Callable[..., Path]) -> Callable[[str], Opened]:
-    """A family's source with its first block loaded, states of seven windows, and what the block is called with."""
-
-    def find(family: str) -> Opened:
-        source = Source.open(saved(family, torch.float32))
-        tokens = torch.randint(3, 2048, (7, 16), generator=torch.Generator().manual_seed(1))
-        states, calls = capture.embed(source, tokens, CPU, CPU, torch.float32)
-        source.load(source.modules[0], source.blocks[0], CPU, torch.float32)
-        return source, states, calls.kwargs[0]
-
-    return find
-
-
 def groups_of(found: Opened) -> list[list[str]]:
     source, states, kwargs = found
     return capture.distinct_inputs(source.modules[0], states, kwargs)

@@ -67,9 +67,8 @@ def test_every_solver_and_nothing_else(
 def test_on_the_cpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm, "rehearse", lambda *args, **more: pytest.fail("rehearsed"))
     before = threading.active_count()
-    with warm.Rehearsal(options(), SHAPES, CPU, scales=True) as rehearsal:
+    with warm.Rehearsal(options(), SHAPES, CPU, scales=True):
         assert threading.active_count() == before
-        rehearsal.end()
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no kernel"), MemoryError()])

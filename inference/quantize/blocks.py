@@ -13,6 +13,7 @@ from torch import Tensor
 import capture
 import passes
 from calibration import Windows
+from capture import linear_at
 from checkpoint import CheckpointWriter
 from console import Blocks
 from contents import copy_outside, pass_through, settle_others, write_linear
@@ -46,10 +47,10 @@ def quantize_blocks(
         if done < len(source.blocks):
             source.ahead(done, device)
             with run.stage("embed"):
-                home = _home(run, windows.tokens)
+                followed = run.options.effort.followed(*windows.tokens.shape)
+                home = _home(run, windows.tokens, followed)
                 loading = partial(run.stage, "load")
                 states, calls = capture.embed(source, windows.tokens, home, device, run.compute, loading)
-                followed = run.options.effort.followed(*windows.tokens.shape)
                 reference = capture.copied(states, followed) if followed else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
@@ -114,8 +115,8 @@ def _block(
     groups = capture.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
     stops = [paths[0] for paths in groups]
-    widest = max(_linear(block, path).in_features for path in stops)
-    largest = max(sum(_linear(block, path).weight.numel() for path in paths) for paths in groups)
+    widest = max(linear_at(block, path).in_features for path in stops)
+    largest = max(sum(linear_at(block, path).weight.numel() for path in paths) for paths in groups)
     room = passes.room(run.device, run.config.max_memory, widest, min(largest, STACK))
     follower = None
     if reference is not None:
@@ -130,7 +131,7 @@ def _block(
         assert isinstance(onward, Passes)
         progress.step(f"capture {stops[group]}")
         with run.stage("capture"):
-            total = SecondMoment(_linear(block, stops[group]).in_features, run.device)
+            total = SecondMoment(linear_at(block, stops[group]).in_features, run.device)
             for (reached,) in walk((onward,), group):
                 assert reached is not None
                 total.add(reached[0])
@@ -211,14 +212,14 @@ def _catch_up(
     batch.windows = writer.steps[-1]["windows"]
 
 
-def _home(run: Run, tokens: Tensor) -> torch.device:
-    """Where the states live: on the device if they take at most a third of what is free, else in host memory."""
+def _home(run: Run, tokens: Tensor, followed: int) -> torch.device:
+    """Where the states live, and those of the source's `followed` windows: on the device if they take at most a third
+    of what is free, else in host memory."""
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
     windows, length = tokens.shape
-    windows += run.options.effort.followed(windows, length)
-    needed = windows * length * width * run.compute.itemsize
+    needed = (windows + followed) * length * width * run.compute.itemsize
     free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
@@ -253,7 +254,7 @@ def _at_once(
     batch: capture.MicroBatch,
 ) -> dict[int, Tensor | None]:
     """The moments of all groups' inputs by their numbers, from one pass through the block as it is."""
-    sums = [SecondMoment(_linear(block, paths[0]).in_features, run.device) for paths in groups]
+    sums = [SecondMoment(linear_at(block, paths[0]).in_features, run.device) for paths in groups]
     capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
     return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
 
@@ -263,9 +264,3 @@ def _finished(run: Run, name: str, total: SecondMoment) -> Tensor | None:
         return total.finish()
     run.console.warn(f"{name}: its inputs overflow; rounded to nearest")
     return None
-
-
-def _linear(block: torch.nn.Module, path: str) -> torch.nn.Linear:
-    module = block.get_submodule(path)
-    assert isinstance(module, torch.nn.Linear)
-    return module

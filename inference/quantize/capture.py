@@ -266,6 +266,13 @@ def head(source: Source, device: torch.device, dtype: torch.dtype) -> Iterator[C
             Source.release(module)
 
 
+def linear_at(block: nn.Module, path: str) -> nn.Linear:
+    """The linear at `path` in a block."""
+    module = block.get_submodule(path)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
 def forward(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One block over states (n, length, width)."""
     out = block(hidden, **kwargs)

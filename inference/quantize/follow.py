@@ -87,9 +87,7 @@ class Follower:
 
     def weight(self, path: str) -> Tensor:
         """The source's weight of a linear, float32 (out, in)."""
-        module = self.twin.get_submodule(path)
-        assert isinstance(module, nn.Linear)
-        return module.weight.detach().float()
+        return capture.linear_at(self.twin, path).weight.detach().float()
 
     def drift(self, index: int, channels: Tensor | None) -> Drift | None:
         """The drift of group `index`, whose predecessors in the block are quantized; None where it is not finite.
@@ -100,8 +98,7 @@ class Follower:
             return self._drift(index, channels)
 
     def _drift(self, index: int, channels: Tensor | None) -> Drift | None:
-        first = self.twin.get_submodule(self._groups[index][0])
-        assert isinstance(first, nn.Linear)
+        first = capture.linear_at(self.twin, self._groups[index][0])
         H = SecondMoment(first.in_features, self.device)
         inputs = CrossMoment(first.in_features, first.in_features, self.device)
         stream = None

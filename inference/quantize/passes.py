@@ -88,18 +88,23 @@ class Passes:
             handle.remove()
         self._handles = []
 
+    def _current(self) -> _Pass | None:
+        """The pass that runs now, if it is one of these."""
+        current = getcurrent()
+        return current if isinstance(current, _Pass) and current.owner is self else None
+
     def _keeper(self, path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            current = getcurrent()
-            if isinstance(current, _Pass) and current.owner is self:
+            current = self._current()
+            if current is not None:
                 current.kept[path] = args[0]
 
         return hook
 
     def _halter(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            current = getcurrent()
-            if isinstance(current, _Pass) and current.owner is self and current.target == index:
+            current = self._current()
+            if current is not None and current.target == index:
                 assert current.parent is not None
                 current.parent.switch(args[0])
 
@@ -110,17 +115,16 @@ class Passes:
         found = self._halted.pop((start, stop), None)
         running = _Pass(self, start, stop) if found is None else found
         running.target = target
-        before = self._allocated()
+        device = self.states.device
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         # The parent is whoever waits for it now.
         running.parent = getcurrent()
         value: Tensor = running.switch()
-        # On the CPU nobody counts; about what is needed to go on.
-        grown = self._allocated() - before if value.is_cuda else value.nbytes - running.held
-        running.held += grown
+        if device.type == "cuda":
+            running.held += torch.cuda.memory_allocated(device) - before
+        else:
+            running.held = value.nbytes  # nobody counts there; about what is needed to go on
         return running, value
-
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.states.device) if self.states.device.type == "cuda" else 0
 
     def reach(self, start: int, stop: int, index: int) -> tuple[Tensor, Tensor | None]:
         """What enters stop `index` for windows `start` to `stop`, and what entered the module before it, if one is

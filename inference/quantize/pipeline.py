@@ -6,7 +6,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +64,12 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
         if config.backend != libraries.NATIVE:
             library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
             run.library = stack.enter_context(library)
-        rehearsal = None
-        if run.library is None:
-            rehearsal = stack.enter_context(_rehearsal(run))
-        windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
-        console.note(f"calibration: {windows}")
-        heldout = None
-        if config.eval_data != "off":
-            heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
-        if rehearsal is not None:
-            rehearsal.end()
+        with _rehearsal(run) if run.library is None else nullcontext():
+            windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
+            console.note(f"calibration: {windows}")
+            heldout = None
+            if config.eval_data != "off":
+                heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
             torch.zeros((), device=run.device)  # the statistics exist once the device is in use

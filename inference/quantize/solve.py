@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from awq_search import ChannelScales, choose_scales, scale_
+from capture import linear_at
 from folds import Fold, apply_fold, sources
 from follow import Drift, Follower
 from gptq_solver import Factor, NotFactorizable, aim, compensate, descend, factorize, output_error
@@ -138,7 +139,7 @@ def solve_block(
     divisors: dict[str, Tensor] = {}
     for index in reversed(range(len(groups))) if folds else range(len(groups)):
         paths, H = groups[index], moments(index)
-        weights = [_linear(block, path).weight.detach().float() for path in paths]
+        weights = [linear_at(block, path).weight.detach().float() for path in paths]
         weights = [
             W / divisors[p][:, None] if p in divisors else W for p, W in zip(paths, weights, strict=True)
         ]
@@ -195,12 +196,12 @@ def _solve_following(
             for path in paths:
                 scales[path].channels = folded.channels
     for path, scaling in scales.items():
-        weight = _linear(block, path).weight
+        weight = linear_at(block, path).weight
         weight.copy_(scaling.apply(follower.weight(path)).to(weight.dtype))
     for index, paths in enumerate(groups):
         drift = follower.drift(index, scales[paths[0]].channels)
         start = time.perf_counter()
-        width = _linear(block, paths[0]).in_features
+        width = linear_at(block, paths[0]).in_features
         problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.device)
         weights = [scales[path].apply(follower.weight(path)) for path in paths]
         if drift is not None and problem.factor is not None:
@@ -268,7 +269,7 @@ def _round(
         for i, (W_one, V_one, q_one, grid_one) in zip(part, pieces, strict=True):
             sample = slice(None, None, max(1, W_one.shape[0] // REPORT_ROWS))
             error = output_error(W_one[sample], V_one[sample], problem.H)
-            weight = _linear(block, paths[i]).weight
+            weight = linear_at(block, paths[i]).weight
             weight.copy_(V_one.to(weight.dtype))
             report = LayerReport(
                 f"{name}.{paths[i]}",
@@ -300,12 +301,6 @@ def _split(grid: Grid, rows: list[int]) -> list[Grid]:
     return [
         Grid(s, z) for s, z in zip(torch.split(grid.scale, rows), torch.split(grid.zero, rows), strict=True)
     ]
-
-
-def _linear(block: nn.Module, path: str) -> nn.Linear:
-    module = block.get_submodule(path)
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 @dataclass(slots=True)

@@ -61,7 +61,10 @@ def rehearse(
 
 
 class Rehearsal:
-    """A rehearsal in a thread; context manager. On the CPU there is nothing to rehearse, and no thread."""
+    """A rehearsal in a thread; context manager, which is left when it is over.
+
+    On the CPU there is nothing to rehearse, and no thread.
+    """
 
     def __init__(
         self, options: SolveOptions, shapes: Iterable[tuple[int, int]], device: torch.device, *, scales: bool
@@ -82,12 +85,8 @@ class Rehearsal:
             self._thread.start()
         return self
 
-    def end(self) -> None:
-        """Returns when it is over: before the device is used."""
-        if self._thread is not None:
-            self._thread.join()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end()  # a process that ends in the middle of a compilation may crash
+        if self._thread is not None:
+            self._thread.join()  # a process that ends in the middle of a compilation may crash
