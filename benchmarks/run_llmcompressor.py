@@ -11,7 +11,7 @@
 import sys
 from pathlib import Path
 
-sys.path.pop(0)  # this directory, whose kernels.py transformers would take for the package of that name
+sys.path.pop(0)  # this directory: nothing in it is what a library means by its name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize" / "backends"))
 
 import child

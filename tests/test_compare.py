@@ -54,7 +54,7 @@ def test_beside_llm_compressor(tmp_path: Path) -> None:
 
 
 def test_the_libraries_own_imports_find_nothing_of_the_benchmarks(tmp_path: Path) -> None:
-    """kernels.py stands beside llm-compressor's script, and transformers asks for a package of that name."""
+    """Whatever stands beside llm-compressor's script: transformers asks for packages by name, `kernels` among them."""
     package = tmp_path / "llmcompressor"
     package.mkdir()
     (package / "__init__.py").write_text("""

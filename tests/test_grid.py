@@ -19,7 +19,7 @@ from grid import (
     round_to_nearest,
     search_grid,
 )
-from kernels import representable
+from loops import representable
 from models import second_moment, weights
 
 HALF, BRAIN = torch.float16, torch.bfloat16

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,3 +139,14 @@ def test_the_audit_says_where_it_could_not_ask() -> None:
     assert done.returncode == 0
     assert "audit: SKIPPED, nothing is known of the locked packages" in done.stderr
     assert audit(service, AUDIT="required").returncode == 1
+
+
+def test_no_module_takes_the_name_of_a_package() -> None:
+    """The scripts' directories come first on the path: what a library imports by such a name would be ours."""
+    taken = {package["name"].replace("-", "_") for package in lock()}
+    taken |= set(packages_distributions()) | {"kernels"}  # transformers asks for it, installed or not
+    ours = {
+        path.stem for where in ("benchmarks", "inference/quantize") for path in (ROOT / where).glob("*.py")
+    }
+    assert len(ours) > 30
+    assert not ours & taken

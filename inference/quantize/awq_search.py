@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import kernels
+import loops
 from gptq_solver import STRIP, Factor, compensate
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
 
@@ -51,7 +51,7 @@ def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ..
     return torch.where(used, scale / (largest * smallest).sqrt(), 1.0)
 
 
-@kernels.tensor_cores()
+@loops.tensor_cores()
 def choose_scales(
     W: Tensor, H: Tensor, factor: Factor, rows: Tensor, sources: int, spec: GridSpec, effort: SearchEffort
 ) -> ChannelScales:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import kernels
+import loops
 
 PANEL = 1024  # columns of one step of Cholesky, and of a triangle that is multiplied as if it were full
 LEAF = 64  # a triangle that is inverted by substitution
@@ -35,7 +35,7 @@ def _threefold(a: Tensor, b: Tensor) -> bool:
 
 def _tf32_(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
     """`out <- beta out + alpha a b` on the tensor cores."""
-    with kernels.tensor_cores():
+    with loops.tensor_cores():
         out.addmm_(a, b, alpha=alpha, beta=beta)
 
 
@@ -59,7 +59,7 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
         return
     for start in range(0, a.shape[1], DEPTH):
         stop = start + DEPTH
-        _multiply_(out, kernels.split(a[:, start:stop]), kernels.split(b[start:stop]), alpha, beta)
+        _multiply_(out, loops.split(a[:, start:stop]), loops.split(b[start:stop]), alpha, beta)
         beta = 1.0
 
 
@@ -87,7 +87,7 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
         panel = torch.empty_like(below, memory_format=torch.contiguous_format)
         product_(panel, below, inverse.T, beta=0.0)
         below.copy_(panel)
-        parts = kernels.split(panel) if _threefold(panel, inverse) else (panel,)
+        parts = loops.split(panel) if _threefold(panel, inverse) else (panel,)
         del panel
         for c in range(b, n, PANEL):
             d = min(c + PANEL, n)

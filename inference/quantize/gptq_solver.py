@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dense
-import kernels
+import loops
 from grid import Grid, GridSpec, dequantize
 
 OUTLIER = 10.0  # times the median of the diagonal
@@ -125,7 +125,7 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
     return R
 
 
-@kernels.tensor_cores()
+@loops.tensor_cores()
 def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     """GPTQ's recursion over the static groups of `grid`: integers, uint8 (out, in), in the channels' own order.
 
@@ -145,7 +145,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
             if start > first:
                 # What the span's earlier pieces left, all at once; the columns after the span wait for its end.
                 work[part].addmm_(R[first:start, part].T, errors[: start - first], alpha=-1.0)
-            kernels.compensate_columns(
+            loops.compensate_columns(
                 work[part], scale, zero, group[part], R[part, part], spec.levels, q[part],
                 errors[start - first : part.stop - first],
             )  # fmt: skip
@@ -156,7 +156,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     return result.T.contiguous()
 
 
-@kernels.tensor_cores()
+@loops.tensor_cores()
 def descend(
     W: Tensor, q: Tensor, grid: Grid, spec: GridSpec, H: Tensor, *, sweeps: int, refit: bool
 ) -> tuple[Tensor, Grid]:
@@ -184,7 +184,7 @@ def descend(
                     # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
                     late = missing[: stop - start]
                     torch.mm(H[part, first:start], changes[: start - first], out=late)
-                kernels.descend_columns(
+                loops.descend_columns(
                     gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
                     changes[start - first : stop - first], dtypes,
                 )  # fmt: skip
@@ -210,7 +210,7 @@ def _spans(width: int, size: int) -> list[list[slice]]:
     return spans
 
 
-@kernels.tensor_cores()
+@loops.tensor_cores()
 def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
     """`tr((W - V) H (W - V)^T) / tr(W H W^T)`: the relative squared output error of a layer."""
     both = torch.cat((W - V, W))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import representable
+import loops
+from loops import representable
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def _search(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> _Best
         best.offer(scale, zero.clamp(spec.zero_min, spec.levels))
     for shift in (-1.0, 1.0):
         scale, zero = best.scale, (best.zero + shift).clamp(spec.zero_min, spec.levels)
-        for factor in kernels.NEIGHBOURS:
+        for factor in loops.NEIGHBOURS:
             best.offer(scale * factor, zero)
     for _ in range(effort.refits):
         best.offer_refit()
@@ -204,8 +204,8 @@ def search_grid(
     """
     out, width = W.shape
     grouped = W.reshape(out, -1, spec.group_size)
-    if kernels.can_search(grouped, M, spec.scale_dtypes):
-        scale, zero, _ = kernels.search_groups(
+    if loops.can_search(grouped, M, spec.scale_dtypes):
+        scale, zero, _ = loops.search_groups(
             grouped,
             M,
             _shrinks(spec.bits, effort.sweep),

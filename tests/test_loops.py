@@ -23,7 +23,7 @@ from torch import Tensor
 
 import dense
 import grid
-import kernels
+import loops
 from grid import Grid, GridSpec, SearchEffort
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -168,7 +168,7 @@ def test_three_products_are_as_good_as_float32(m: int, k: int, n: int, products:
 def test_split() -> None:
     x = weights(37, 500) * torch.exp(8 * weights(37, 500, seed=5) / 0.05)
     for given in (x, x[:, 3:90], x.T, x.T[100:200]):
-        high, low = kernels.split(given)
+        high, low = loops.split(given)
         assert torch.equal(high + low, given)
         assert int((high.contiguous().view(torch.int32) & 0x1FFF).count_nonzero()) == 0
         assert bool((low.abs() <= given.abs() * 2.0**-11).all())
@@ -180,7 +180,7 @@ def test_split_kernel() -> None:
     (x,) = on_device(weights(5, 2100))
     given = x[:, 7:2090]
     results = []
-    for run in (kernels._split_triton, kernels._split_torch):
+    for run in (loops._split_triton, loops._split_torch):
         high, low = (torch.empty(given.shape, device=DEVICE) for _ in range(2))
         run(given, high, low)
         results.append((high, low))
@@ -220,7 +220,7 @@ def test_compensation_against_float64(levels: int) -> None:
             W[later] -= R[j, later].double() * e
     q = torch.empty(columns, out, dtype=torch.uint8)
     errors = torch.empty(columns, out)
-    kernels.compensate_columns(work, scale, zero, group, R, levels, q, errors)
+    loops.compensate_columns(work, scale, zero, group, R, levels, q, errors)
     assert torch.equal(q, expected)
     torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -241,8 +241,8 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
-    kernels._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
-    kernels._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
+    loops._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
+    loops._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -260,7 +260,7 @@ class Piece:
         self.levels = levels
         self.W = weights(columns, out).to(dtype)
         self.H = second_moment(columns).to(dtype)
-        self.scale, self.zero = kernels.representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
+        self.scale, self.zero = loops.representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
         self.q = ((self.W / self.scale).round() + self.zero).clamp(0, levels).to(torch.uint8)
         self.gradient = self.H @ (self.W - self.value)
         self.missing = 0.1 * torch.randn_like(self.gradient) if missing else None
@@ -297,8 +297,8 @@ def test_descend_kernel(
 ) -> None:
     ours = Piece(columns, out, levels, missing=missing, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
-    ours.descend(kernels._descend_columns_triton, refit)
-    twin.descend(kernels._descend_columns_torch, refit)
+    ours.descend(loops._descend_columns_triton, refit)
+    twin.descend(loops._descend_columns_torch, refit)
     same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
     torch.testing.assert_close(ours.delta[:, same], twin.delta[:, same], atol=1e-7, rtol=1e-6)
@@ -309,7 +309,7 @@ def test_descend_kernel(
     if refit is None:
         assert torch.equal(ours.scale, start.scale)
     else:
-        assert torch.equal(ours.scale, kernels.representable(ours.scale, refit))
+        assert torch.equal(ours.scale, loops.representable(ours.scale, refit))
         assert bool((ours.scale != start.scale).any())
 
 
@@ -320,9 +320,9 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     if device == "cuda" and DEVICE == "cpu":
         if not INTERPRETED:
             pytest.skip("needs a CUDA device (or Triton's interpreter)")
-        run: Callable[..., None] = kernels._descend_columns_triton
+        run: Callable[..., None] = loops._descend_columns_triton
     else:
-        run = kernels.descend_columns
+        run = loops.descend_columns
     fast = device == "cuda"
     piece = Piece(64, 20, 15, missing=False, dtype=torch.float32 if fast else torch.float64)
     if device == DEVICE:
@@ -330,7 +330,7 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     before = piece.form()
     if refit is not None:
         # Some grids are too wide, which a refit may cure.
-        piece.scale[::4] = kernels.representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
+        piece.scale[::4] = loops.representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
         piece.gradient = piece.H @ (piece.W - piece.value)
         before = piece.form()
     piece.descend(run, refit)
@@ -347,7 +347,7 @@ def test_ties_go_to_even(step: float) -> None:
     q = torch.empty(1, 17, dtype=torch.uint8, device=DEVICE)
     one = torch.ones(1, 17, device=DEVICE)
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    kernels._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
+    loops._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
     assert q[0].tolist() == (torch.round(halves) + 100).tolist()
 
 
@@ -370,12 +370,12 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
     spec = GridSpec(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
     effort = SearchEffort(sweep=7, refits=2)
     grouped = W.reshape(out, groups, size)
-    scale, zero, loss = kernels.search_groups(
+    scale, zero, loss = loops.search_groups(
         grouped, M, grid._shrinks(bits, effort.sweep), levels=spec.levels, symmetric=symmetric,
         zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
     )  # fmt: skip
     twin = grid._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
-    assert torch.equal(scale, kernels.representable(scale, dtypes))
+    assert torch.equal(scale, loops.representable(scale, dtypes))
     assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
     assert float(same.float().mean()) > 0.9
@@ -396,7 +396,7 @@ def test_search_kernel_in_low_precision() -> None:
     W, M = on_device(weights(96, 256), grid.metric_blocks(second_moment(256).float(), 128))
     spec, grouped = GridSpec(4, 128, True), W.reshape(96, 2, 128)
     exact, fast = (
-        kernels.search_groups(
+        loops.search_groups(
             grouped, M, grid._shrinks(4, 24), levels=15, symmetric=True, zero_min=0,
             dtypes=spec.scale_dtypes, refits=2, precision=precision,
         )
@@ -470,9 +470,9 @@ def test_the_solver_hardly_waits_for_the_gpu() -> None:
 def test_fallback_where_triton_cannot_run() -> None:
     W = weights(4, 64)
     if DEVICE == "cpu":
-        assert not kernels.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
+        assert not loops.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
     with pytest.raises(ValueError, match="contiguous"):
-        kernels._contiguous_rows(W.T)
+        loops._contiguous_rows(W.T)
 
 
 def test_tensor_cores_are_put_back() -> None:
@@ -481,7 +481,7 @@ def test_tensor_cores_are_put_back() -> None:
     name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
     before, inside = getattr(settings, name), []
 
-    @kernels.tensor_cores()
+    @loops.tensor_cores()
     def fail() -> None:
         inside.append(getattr(settings, name))
         raise KeyError

@@ -1,6 +1,6 @@
 """Times the inner loops on one GPU at Qwen2.5-7B's widths against their floors; checks them in float64.
 
-    uv run python benchmarks/kernels.py
+    uv run python benchmarks/inner_loops.py
 
 The floor of a step is its least arithmetic over the rate that this GPU reaches in one large matrix product
 of the same kind, measured here, a float32 product of the factorization counting as three in TF32; for the loops over
@@ -25,7 +25,7 @@ import awq_search
 import dense
 import gptq_solver
 import grid
-import kernels
+import loops
 from grid import Grid, GridSpec
 from moments import SecondMoment
 
@@ -51,7 +51,7 @@ def product_rate(dtype: torch.dtype, *, tf32: bool = False) -> float:
     """Operations a second of a large product."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-    with kernels.tensor_cores() if tf32 else nullcontext():
+    with loops.tensor_cores() if tf32 else nullcontext():
         return 2 * n**3 / timed(lambda: a @ b)
 
 
@@ -145,7 +145,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def columns_alone() -> None:
         for a in pieces:
             s = slice(a, a + gptq_solver.COLUMNS)
-            kernels.compensate_columns(
+            loops.compensate_columns(
                 work[s], scale, zero, group[s], factor.R[s, s], SPEC.levels, q[s], errors
             )
 
@@ -165,7 +165,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def descent_alone() -> None:
         for a in pieces:
             s, i = slice(a, a + gptq_solver.COLUMNS), a // SPEC.group_size
-            kernels.descend_columns(
+            loops.descend_columns(
                 gradient[s], None, scale[i], zero[i], H[s, s], SPEC.levels, integers[s], errors,
                 SPEC.scale_dtypes,
             )  # fmt: skip
@@ -293,10 +293,12 @@ def check_against_float64() -> None:
 
 def main() -> int:
     if not torch.cuda.is_available():
-        print("benchmarks/kernels.py: no CUDA device here; run it on a machine with a GPU", file=sys.stderr)
+        print(
+            "benchmarks/inner_loops.py: no CUDA device here; run it on a machine with a GPU", file=sys.stderr
+        )
         return 2
     torch.manual_seed(0)
-    triton = "with" if kernels.on_triton(torch.empty(1, device="cuda")) else "without"
+    triton = "with" if loops.on_triton(torch.empty(1, device="cuda")) else "without"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {triton} Triton")
     check_against_float64()
     rates = {
