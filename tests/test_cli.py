@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -493,3 +494,23 @@ def test_time_left_does_not_count_what_another_run_did() -> None:
         blocks.advance()
         assert blocks.left().endswith("left")
         assert blocks.done == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "name"), [("2.6.0", "PYTORCH_CUDA_ALLOC_CONF"), ("2.15.0+cu132", "PYTORCH_ALLOC_CONF")]
+)
+@pytest.mark.parametrize("own", [None, *cli.ALLOCATOR])
+def test_allocator_is_set_where_the_user_did_not(
+    version: str, name: str, own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {} if own is None else {own: "mine"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    with warnings.catch_warnings():
+        cli._set_environment()
+    settings = {key: value for key, value in environment.items() if key in cli.ALLOCATOR}
+    if own is None:
+        assert list(settings) == [name]
+        assert "pinned_num_register_threads" in settings[name]
+    else:
+        assert settings == {own: "mine"}

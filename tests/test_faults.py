@@ -195,7 +195,10 @@ def test_every_write_of_a_checkpoint_fails_once(
                 write(root / "out", side)
             except (InputError, WorkError) as error:
                 line = str(error)
-        if line is not None:
+        if line is None:
+            # A copy is then made in another way. Which call that is depends on how far the writer's thread has come.
+            assert at >= here.count or here.calls[at] == "sendfile"
+        else:
             told += 1
             assert "\n" not in line
             assert str(root) in line
@@ -215,7 +218,7 @@ def test_every_write_of_a_checkpoint_fails_once(
         assert sorted(p.name for p in root.iterdir()) == (["out"] if after else []), at
         assert here.count > 0
         shutil.rmtree(root)
-    assert told >= faults.count - 3
+    assert told >= faults.count // 2
     assert aside <= (3 if there and lasting else there)
 
 

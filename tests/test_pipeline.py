@@ -386,6 +386,39 @@ def test_out_of_memory_for_good(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where states lie in host memory: one pass takes all inputs of a block, and what a run began with stays."""
+    quality = {}
+    given: list[bool] = []
+    words = ["--calib_samples", "16", "--calib_seq_len", "128", "--eval_samples", "4", "--device", "cpu"]
+    stop: list[type[BaseException]] = []
+    real = blocks._block
+
+    def block(run: Any, index: int, *rest: Any) -> Any:
+        given.append(rest[4].in_order)
+        if index == 2 and stop:
+            raise stop.pop()
+        return real(run, index, *rest)
+
+    monkeypatch.setattr(blocks, "_block", block)
+    for name, home in (("in order", "cpu"), ("at once", "meta")):
+        monkeypatch.setattr("pipeline.states_home", lambda *_, home=home: torch.device(home))
+        monkeypatch.setattr(
+            "pipeline.Course", lambda batch, home, in_order: blocks.Course(batch, CPU, in_order)
+        )
+        if name == "at once":
+            monkeypatch.setattr(blocks, "walk", lambda *_: pytest.fail("a pass halted"))
+            stop.append(KeyboardInterrupt)
+            assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 130
+            monkeypatch.setattr("pipeline.states_home", lambda *_: CPU)
+        assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 0
+        report = json.loads((tmp_path / name / "quantization_report.json").read_text())
+        quality[name] = report["measured"]["kl"]
+    assert given == [True] * 4 + [False] * 5
+    assert quality["at once"] != quality["in order"]
+    assert quality["at once"] == pytest.approx(quality["in order"], rel=0.1)
+
+
 def broken(directory: Path, value: float) -> Path:
     """A model whose last linear is not finite."""
     write(directory, FAMILIES["llama"]())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -29,28 +29,40 @@ from solve import STACK, BlockChanges, LayerReport, Moments, solve_block
 from source import Source
 
 
-def quantize_blocks(
-    run: Run, windows: Windows, writer: CheckpointWriter, kept: KeptStates, batch: capture.MicroBatch
-) -> None:
-    """Quantizes every block that the writer's journal does not list, one step each, and a last step for the rest.
+@dataclass(slots=True)
+class Course:
+    """How a run goes, which resuming it must not change, since the last bits depend on it.
 
-    `batch` is as large as the run began with. Errors: `InputError` for an architecture that is not supported,
-    `WorkError` for what fails.
+    batch: as large as the run began with; home: where the states live; in_order: each linear of a block is rounded for
+    what those before it, rounded, make of its inputs, by passes that halt. That takes the states again for every input,
+    which is slow where they come from the host: there all inputs are taken at once, of the block as it was.
     """
-    source, device = run.source, run.device
+
+    batch: capture.MicroBatch
+    home: torch.device
+    in_order: bool
+
+
+def quantize_blocks(
+    run: Run, windows: Windows, writer: CheckpointWriter, kept: KeptStates, course: Course
+) -> None:
+    """Quantizes every block that the writer's journal does not list, one step each. What belongs to no block goes with
+    the first one: it may be large, and is written while the others are worked on.
+
+    Errors: `InputError` for an architecture that is not supported, `WorkError` for what fails.
+    """
+    source, device, batch = run.source, run.device, course.batch
     done = len(writer.steps)
     for step in writer.steps:
         run.reports += [LayerReport(**report) for report in step["reports"]]
-    if done > len(source.blocks):
-        return
     with run.console.blocks(len(source.blocks)) as progress:
         if done < len(source.blocks):
             source.ahead(done, device)
             with run.stage("embed"):
                 followed = run.options.effort.followed(*windows.tokens.shape)
-                home = _home(run, windows.tokens, followed)
                 loading = partial(run.stage, "load")
-                states, calls = capture.embed(source, windows.tokens, home, device, run.compute, loading)
+                tokens, home = windows.tokens, course.home
+                states, calls = capture.embed(source, tokens, home, device, run.compute, loading)
                 reference = capture.copied(states, followed) if followed else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
@@ -63,9 +75,11 @@ def quantize_blocks(
             while True:
                 reported = len(run.reports)
                 try:
-                    onward = _block(
-                        run, index, writer, states, reference, calls.kwargs[index], batch, progress
-                    )
+                    if index == 0:
+                        with run.stage("pass through"):
+                            copy_outside(run, writer)
+                    kwargs = calls.kwargs[index]
+                    onward = _block(run, index, writer, states, reference, kwargs, course, progress)
                     break
                 except torch.cuda.OutOfMemoryError as error:
                     told = str(error)
@@ -87,9 +101,6 @@ def quantize_blocks(
             if index + 1 < len(source.blocks):
                 kept.offer(states, index + 1)
             progress.advance()
-    with run.stage("pass through"):
-        copy_outside(run, writer)
-    writer.commit({"reports": [], "windows": batch.windows})
 
 
 def _block(
@@ -99,7 +110,7 @@ def _block(
     states: capture.States,
     reference: capture.States | None,
     kwargs: dict[str, Any],
-    batch: capture.MicroBatch,
+    course: Course,
     progress: Blocks,
 ) -> Passes | Follower:
     """Quantizes one block and hands everything of it to the writer; the states stay as they are.
@@ -108,6 +119,7 @@ def _block(
     it is the caller's to close.
     """
     source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
+    batch = course.batch
     progress.step("load")
     with run.stage("load"):
         source.load(block, name, run.device, run.compute)
@@ -139,7 +151,7 @@ def _block(
 
     moments: Moments = in_order
     try:
-        if folds:
+        if folds or (follower is None and not course.in_order):
             progress.step("capture")
             with run.stage("capture"):
                 moments = _at_once(run, block, name, states, kwargs, groups, batch).pop
@@ -212,13 +224,14 @@ def _catch_up(
     batch.windows = writer.steps[-1]["windows"]
 
 
-def _home(run: Run, tokens: Tensor, followed: int) -> torch.device:
-    """Where the states live, and those of the source's `followed` windows: on the device if they take at most a third
-    of what is free, else in host memory."""
+def states_home(run: Run, tokens: Tensor) -> torch.device:
+    """Where the states live, and those of the source that are followed: on the device if they take at most a third of
+    what is free, else in host memory."""
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
     windows, length = tokens.shape
+    followed = run.options.effort.followed(windows, length)
     needed = (windows + followed) * length * width * run.compute.itemsize
     free = capture.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")

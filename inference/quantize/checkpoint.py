@@ -187,8 +187,8 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor, *, fixed: bool = False) -> None:
         """Takes a tensor from any device, to be written. `ValueError` where it is not as planned.
 
-        A copy is taken, but of one in host memory that is `fixed`: nobody will change that. Waits for room, not for
-        the device.
+        A copy is taken, but of one in host memory that is `fixed`: nobody will change that, and it takes no room here.
+        Waits for room, not for the device.
         """
         planned = self._plan.get(name)
         if planned is None or (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
@@ -242,13 +242,18 @@ class CheckpointWriter:
 
     def _hand_over(self, tensor: Tensor, work: Callable[[Tensor], object], fixed: bool = False) -> None:
         """Has the thread do `work` with what is in `tensor` now, contiguous in host memory."""
+        if fixed and _lies_ready(tensor):
+            host = tensor.detach()
+            self._make_room(0)
+            self._submit(lambda: work(host), host.nbytes, held=0)
+            return
         self._make_room(tensor.nbytes)
         landing = self._outgoing.take(tensor)
         if landing is not None:
             self._submit(lambda: work(landing.wait()), tensor.nbytes, landing.release)
             return
-        host = tensor.detach() if fixed and _lies_ready(tensor) else _on_host(tensor)
-        self._submit(lambda: work(host), host.nbytes)
+        copy = _on_host(tensor)
+        self._submit(lambda: work(copy), copy.nbytes)
 
     def _make_room(self, size: int) -> None:
         """Waits until `size` more bytes may wait. Errors: that of an earlier write."""
@@ -260,9 +265,16 @@ class CheckpointWriter:
             self._raise()
 
     def _submit(
-        self, work: Callable[[], object], size: int, after: Callable[[], object] = lambda: None
+        self,
+        work: Callable[[], object],
+        size: int,
+        after: Callable[[], object] = lambda: None,
+        held: int | None = None,
     ) -> None:
-        """Has the thread do `work`, unless an earlier one failed, and `after` in any case."""
+        """Has the thread do `work` on `size` bytes, unless an earlier one failed, and `after` in any case.
+
+        held: bytes of memory that are held until then, where those are not all.
+        """
 
         def guarded() -> None:
             try:
@@ -273,7 +285,7 @@ class CheckpointWriter:
             finally:
                 after()
 
-        self._waiting.append((self._thread.submit(guarded), size))
+        self._waiting.append((self._thread.submit(guarded), size if held is None else held))
 
     def _raise(self) -> None:
         if self._error is not None:

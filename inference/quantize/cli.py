@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.metadata
 import logging
 import math
 import os
@@ -325,8 +326,14 @@ def parse(method: Method, argv: Sequence[str]) -> QuantizeConfig:
         parser.error(str(error))
 
 
-def _silence() -> None:
-    """Before the heavy imports: no banners, advice or bars of theirs; what the user set stays."""
+ALLOCATOR = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)  # the settings of torch's allocators, by its age
+
+
+def _set_environment() -> None:
+    """Before the heavy imports: no banners, advice or bars of theirs, settings; what the user set stays."""
     for name, value in {
         "TOKENIZERS_PARALLELISM": "true",  # nothing forks after this
         "TRANSFORMERS_VERBOSITY": "error",
@@ -338,6 +345,11 @@ def _silence() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
+    if not {*ALLOCATOR} & set(os.environ):
+        # Host memory is then pinned by several threads, not one: for the states of a long calibration that is seconds.
+        major, minor, *_ = importlib.metadata.version("torch").split(".")
+        name = ALLOCATOR[(int(major), int(minor)) < (2, 9)]
+        os.environ[name] = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
     if DEBUG not in os.environ:
         warnings.simplefilter("ignore")
         for name in ("torch", "transformers", "datasets", "huggingface_hub", "httpx", "compressed_tensors"):
@@ -388,7 +400,7 @@ def run(method: Method, argv: Sequence[str]) -> int:
     """The whole command. Returns the exit code; only --help and wrong arguments leave by SystemExit."""
     config = parse(method, argv)
     console = Console(config.quiet)
-    # The caller's warning filters are put back: `_silence` is for the run alone.
+    # The caller's warning filters are put back: `_set_environment` is for the run alone.
     with warnings.catch_warnings():
         try:
             with _terminable():
@@ -414,7 +426,7 @@ def _work(config: QuantizeConfig, console: Console) -> None:
     check_before_work(config.target, config.may_replace)
     if config.not_served is not None:
         console.warn(config.not_served)
-    _silence()
+    _set_environment()
     import pipeline
 
     result = pipeline.quantize(config, console)

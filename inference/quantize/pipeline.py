@@ -18,7 +18,7 @@ import capture
 import card
 import foreign
 import libraries
-from blocks import quantize_blocks
+from blocks import Course, quantize_blocks, states_home
 from calibration import Windows, load_windows
 from checkpoint import CheckpointWriter
 from config import QuantizeConfig
@@ -61,10 +61,11 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     started = time.perf_counter()
     with Staging(config.target, overwrite=config.may_replace) as staging, ExitStack() as stack:
         run = prepare(config, console)
+        run.stages["opening"] = time.perf_counter() - started
         if config.backend != libraries.NATIVE:
             library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
             run.library = stack.enter_context(library)
-        with _rehearsal(run) if run.library is None else nullcontext():
+        with run.stage("text"), _rehearsal(run) if run.library is None else nullcontext():
             windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
             console.note(f"calibration: {windows}")
             heldout = None
@@ -80,8 +81,10 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
             memory = run.device_bytes, run.host_bytes
             worked = time.perf_counter() - started
             measured = _measure(run, staging, heldout)
-            _describe(run, staging, windows, heldout, measured)
-            staging.publish()
+            with run.stage("describing"):
+                _describe(run, staging, windows, heldout, measured)
+            with run.stage("publishing"):
+                staging.publish()
     rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
     return Result(
@@ -128,14 +131,15 @@ def _write_checkpoint(run: Run, windows: Windows, staging: Staging) -> int:
     length = windows.tokens.shape[1]
     widest = max(max(x.in_features, x.out_features) for x in run.source.linears(0))
     batch = capture.MicroBatch(run.device, length, widest, limit=config.max_memory)
-    first = first_entry(
-        staging, run_id, {"windows": batch.windows}, restart=config.restart or config.no_resume
-    )
+    home = states_home(run, windows.tokens)
+    begun = {"windows": batch.windows, "in_order": home == run.device}
+    first = first_entry(staging, run_id, begun, restart=config.restart or config.no_resume)
     batch.windows = first["windows"]
+    course = Course(batch, home, first["in_order"])
     keep = not config.no_resume
     with CheckpointWriter(staging, plan(run), first, keep=keep) as writer, KeptStates(staging, keep) as kept:
         staging.write_json("config.json", config_json(run))
-        quantize_blocks(run, windows, writer, kept, batch)
+        quantize_blocks(run, windows, writer, kept, course)
         _copy_side_files(run, staging)
         with run.stage("reading back"):
             writer.complete(config.file_layout, config.bits, config.group_size, run.device)
