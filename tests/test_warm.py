@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import blocks
+import gptq_quantize
 import warm
 from solve import EFFORTS, SolveOptions
+from source import Source
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-SHAPES = [(96, 64), (40, 64), (9001, 64), (18944, 64)]
 
 
 def options(**values: Any) -> SolveOptions:
@@ -29,12 +32,6 @@ def options(**values: Any) -> SolveOptions:
 def precision() -> Any:
     settings = torch.backends.cuda.matmul
     return getattr(settings, "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32")
-
-
-def test_small_ones_stand_for_large_ones() -> None:
-    stand = warm.representatives(SHAPES)
-    assert stand == [40, 96, 8192, 8192 + 9001 % 16]
-    assert {out % 16 == 0 for out in stand} == {out % 16 == 0 for out, _ in SHAPES}
 
 
 @pytest.mark.parametrize("scales", [True, False])
@@ -57,17 +54,20 @@ def test_every_solver_and_nothing_else(
     expected = torch.rand(3)
     torch.manual_seed(5)
     settings = precision(), torch.is_grad_enabled()
-    warm.rehearse(options(group_size=group_size), [(64, 80), (96, 72)], CPU, scales=scales)
+    monkeypatch.setattr(warm, "ROWS", 64)
+    monkeypatch.setattr(warm, "COLUMNS", 80)
+    warm.rehearse(options(group_size=group_size), CPU, scales=scales)
     assert torch.equal(torch.rand(3), expected)
     assert (precision(), torch.is_grad_enabled()) == settings
-    each = [*(["choose_scales"] if scales else []), "search_grid", "compensate", "descend"]
-    assert called == ["factorize", *each, *each]
+    scaled = ["choose_scales"] if scales else []
+    assert called == ["factorize", *scaled, "search_grid", "compensate", "descend"]
 
 
 def test_on_the_cpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm, "rehearse", lambda *args, **more: pytest.fail("rehearsed"))
     before = threading.active_count()
-    with warm.Rehearsal(options(), SHAPES, CPU, scales=True):
+    with warm.Rehearsal() as rehearsal:
+        rehearsal.begin(options(), CPU, scales=True)
         assert threading.active_count() == before
 
 
@@ -75,10 +75,8 @@ def test_on_the_cpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_ends_before_it_is_left(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def slow(
-        given: SolveOptions, shapes: list[tuple[int, int]], device: torch.device, *, scales: bool
-    ) -> None:
-        assert (given, shapes, device, scales) == (options(), SHAPES, GPU, True)
+    def slow(given: SolveOptions, device: torch.device, *, scales: bool) -> None:
+        assert (given, device, scales) == (options(), GPU, True)
         begun.set()
         go.wait()
         ended.set()
@@ -87,8 +85,38 @@ def test_it_ends_before_it_is_left(error: Exception | None, monkeypatch: pytest.
 
     monkeypatch.setattr(warm, "rehearse", slow)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    with warm.Rehearsal(options(), SHAPES, GPU, scales=True):
+    with warm.Rehearsal() as rehearsal:
+        rehearsal.begin(options(), GPU, scales=True)
         assert begun.wait(60)
         assert not ended.is_set()
         go.set()
     assert ended.is_set()
+
+
+def test_it_begins_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options of the run itself: what else was compiled would be of no use."""
+    order: list[Any] = []
+    real = Source.open.__func__  # type: ignore[attr-defined]
+
+    def opened(cls: Any, *args: Any, **more: Any) -> Source:
+        source: Source = real(cls, *args, **more)
+        order.append("built")
+        return source
+
+    monkeypatch.setattr(Source, "open", classmethod(opened))
+    monkeypatch.setattr(
+        warm.Rehearsal, "begin", lambda _, given, device, scales: order.append((given, scales))
+    )
+    monkeypatch.setattr(warm.Rehearsal, "end", lambda _: order.append("waited for"))
+    taken: list[Any] = []
+    real_blocks = blocks.quantize_blocks
+
+    def quantized(run: Any, *rest: Any) -> None:
+        order.append("blocks")
+        taken.append(run.options)
+        real_blocks(run, *rest)
+
+    monkeypatch.setattr("pipeline.quantize_blocks", quantized)
+    words = ["--calib_samples", "4", "--calib_seq_len", "64", "--eval_data", "off", "--device", "cpu"]
+    assert gptq_quantize.main([*words, "--bits", "3", "--output_path", str(tmp_path / "out")]) == 0
+    assert order[:4] == [(taken[0], False), "built", "waited for", "blocks"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -85,8 +87,13 @@ class Run:
             self._inside = None if outer is None else outer + seconds
 
 
-def prepare(config: QuantizeConfig, console: Console) -> Run:
-    """Opens the source and asks everything that can be asked of it now. Errors: `InputError`, before any long work."""
+def prepare(
+    config: QuantizeConfig, console: Console, checked: Callable[[torch.device, Any], None] = lambda *_: None
+) -> Run:
+    """Opens the source and asks everything that can be asked of it now. Errors: `InputError`, before any long work.
+
+    checked: is given the device and the model's config, before the seconds that building the model takes.
+    """
     device = pick_device(config.device)
     if config.max_memory is not None:
         if device.type != "cuda":
@@ -106,7 +113,9 @@ def prepare(config: QuantizeConfig, console: Console) -> Run:
     if config.allow_pickle and not any(directory.glob("*.safetensors")):
         scratch = Scratch()
         directory = convert_pickles(directory, scratch.path)
-    source = Source.open(directory, trust_remote_code=config.trust_remote_code)
+    source = Source.open(
+        directory, trust_remote_code=config.trust_remote_code, checked=partial(checked, device)
+    )
     layout = config.file_layout
     parameters = 0
     for index in range(len(source.blocks)):
@@ -135,8 +144,23 @@ def prepare(config: QuantizeConfig, console: Console) -> Run:
         raise InputError(
             f"--calib_seq_len {config.calibration.seq_len} is more than the model takes: at most {limit}"
         )
-    store = torch.float16 if source.dtype == torch.float32 else source.dtype
-    options = SolveOptions(
+    options = solve_options(config, source.dtype)
+    return Run(
+        config,
+        console,
+        source,
+        device,
+        torch.float32 if device.type == "cpu" else source.dtype,
+        options.store,
+        options,
+        scratch,
+    )
+
+
+def solve_options(config: QuantizeConfig, dtype: torch.dtype) -> SolveOptions:
+    """How linears are rounded that lie in the source as `dtype`."""
+    store = torch.float16 if dtype == torch.float32 else dtype
+    return SolveOptions(
         bits=config.bits,
         group_size=config.group_size,
         symmetric=config.symmetric,
@@ -144,19 +168,9 @@ def prepare(config: QuantizeConfig, console: Console) -> Run:
         dynamic_groups=config.dynamic_groups,
         damping=AWQ_DAMPING if config.method == "awq" else config.damp_percent,
         effort=effort(config.quality, config.bits),
-        zero_min=1 if layout == "gptq" else 0,
+        zero_min=1 if config.file_layout == "gptq" else 0,
         scale_dtypes=(torch.bfloat16, torch.float16) if store == torch.bfloat16 else (torch.float16,),
         store=store,
-    )
-    return Run(
-        config,
-        console,
-        source,
-        device,
-        torch.float32 if device.type == "cpu" else source.dtype,
-        store,
-        options,
-        scratch,
     )
 
 

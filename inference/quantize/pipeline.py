@@ -6,9 +6,11 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from console import Console, duration
 from contents import config_json, plan, settings, side_files
 from errors import FinalError, InputError
 from evaluate import Measured, heldout_windows, measure, sample
-from job import Run, prepare
+from job import Run, prepare, solve_options
 from journal import Journal
 from publish import Staging
 from resume import KeptStates, first_entry, identity
@@ -60,17 +62,20 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     """Quantizes, writes, checks, measures. Errors: `InputError` before any long work, `WorkError` after."""
     started = time.perf_counter()
     with Staging(config.target, overwrite=config.may_replace) as staging, ExitStack() as stack:
-        run = prepare(config, console)
+        rehearsal = stack.enter_context(Rehearsal())
+        run = prepare(config, console, partial(_rehearse, rehearsal, config))
         run.stages["opening"] = time.perf_counter() - started
         if config.backend != libraries.NATIVE:
             library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
             run.library = stack.enter_context(library)
-        with run.stage("text"), _rehearsal(run) if run.library is None else nullcontext():
+        with run.stage("text"):
             windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
             console.note(f"calibration: {windows}")
             heldout = None
             if config.eval_data != "off":
                 heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
+        with run.stage("warming up"):
+            rehearsal.end()
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
             torch.zeros((), device=run.device)  # the statistics exist once the device is in use
@@ -102,9 +107,11 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     )
 
 
-def _rehearsal(run: Run) -> Rehearsal:
-    shapes = [(linear.out_features, linear.in_features) for linear in run.source.linears(0)]
-    return Rehearsal(run.options, shapes, run.device, scales=run.config.method == "awq")
+def _rehearse(rehearsal: Rehearsal, config: QuantizeConfig, device: torch.device, model: Any) -> None:
+    """Begins it, for weights as the model's config promises; of another dtype, kernels are compiled in their turn."""
+    if config.backend == libraries.NATIVE:
+        dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
+        rehearsal.begin(solve_options(config, dtype), device, scales=config.method == "awq")
 
 
 @contextmanager

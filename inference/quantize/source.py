@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,8 +255,18 @@ class Source:
             raise InputError(f"weights are {self.dtype}: give a model in FP16, BF16 or FP32")
 
     @classmethod
-    def open(cls, directory: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Source:
-        """Reads config and tokenizer, builds the skeleton; no weights. Errors: `InputError`."""
+    def open(
+        cls,
+        directory: Path,
+        *,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        checked: Callable[[Any], None] = lambda _: None,
+    ) -> Source:
+        """Reads config and tokenizer, builds the skeleton; no weights. Errors: `InputError`.
+
+        checked: is given the config, once the files are found sound and before what takes seconds.
+        """
         check_files(directory)
         raw = examine_config(directory)
         files = tensor_files(directory, allow_pickle=allow_pickle)
@@ -281,6 +292,7 @@ class Source:
         # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
         text = config.get_text_config()
         attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
+        checked(config)
         try:
             with init_empty_weights(include_buffers=False), limit:
                 build: Any = AutoModelForCausalLM.from_config
