@@ -466,7 +466,8 @@ def _verify(directory: Path, **more: Any) -> int:
         "symmetric": True,
         "by": "Lib 1",
     }
-    return foreign.verify(directory, Source.open(EMBEDDED_MODEL), **values | more)
+    values |= more
+    return foreign.verify(directory, values.pop("source", None) or Source.open(EMBEDDED_MODEL), **values)
 
 
 def _changed(written: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -533,6 +534,18 @@ def test_nor_one_in_another_layout_or_of_another_model(written: Path, tmp_path: 
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(WorkError, match=r"Lib 1 changed rope_parameters in config\.json"):
         _verify(tmp_path / "other")
+
+
+def test_a_pad_token_may_be_given_to_a_model_without(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "padded")
+    source = Source.open(EMBEDDED_MODEL)
+    config = json.loads((written / "config.json").read_text()) | {"pad_token_id": 7}
+    (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
+    size = _verify(written)
+    with pytest.raises(WorkError, match="changed pad_token_id"):
+        _verify(tmp_path / "padded", source=source)
+    source.config.pad_token_id = None
+    assert _verify(tmp_path / "padded", source=source) == size
 
 
 # -- the whole run

@@ -126,7 +126,8 @@ def _same_model(directory: Path, source: Source, by: str, trust: bool) -> None:
         raise WorkError(f"config.json by {by} is not usable: {error}") from None
     meant: dict[str, Any] = source.config.to_dict()
     for key in sorted(meant.keys() & written.keys() - _FREE):
-        if meant[key] != written[key]:
+        filled = key == "pad_token_id" and meant[key] is None  # GPTQModel gives one to a model that has none
+        if meant[key] != written[key] and not filled:
             raise WorkError(
                 f"{by} changed {key} in config.json from {meant[key]!r} to {written[key]!r}: nothing is published"
             )
