@@ -216,7 +216,7 @@ def main() -> int:
             seconds = clock() - start
             other = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
             other.load_state_dict(weights, strict=False)
-            row[f"kl{bits}"] = [round(judge(reference, other, t)[0], 5) for t in texts]
+            row[f"kl{bits}"] = [float(f"{judge(reference, other, t)[0]:.4g}") for t in texts]
             row[f"s{bits}"] = round(seconds, 1)
         found.append(row)
         print(json.dumps(row), flush=True)
