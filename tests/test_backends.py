@@ -636,12 +636,16 @@ def test_an_interrupted_run_of_this_program_is_not_thrown_away(
     library(_copying(written))
     import blocks
 
-    def stop(*args: Any) -> None:
-        raise KeyboardInterrupt
+    block = blocks._block
+
+    def stop(run: Any, index: int, *rest: Any) -> Any:
+        if index:
+            raise KeyboardInterrupt
+        return block(run, index, *rest)
 
     words = [*QUICK, "--output_path", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "copy_outside", stop)
+        patch.setattr(blocks, "_block", stop)
         assert gptq_quantize.main(words) == 130
     assert gptq_quantize.main(["--backend", "optimum", *words]) == 2
     assert "--backend" in capsys.readouterr().err.splitlines()[-1]

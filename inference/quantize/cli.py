@@ -326,10 +326,8 @@ def parse(method: Method, argv: Sequence[str]) -> QuantizeConfig:
         parser.error(str(error))
 
 
-ALLOCATOR = (
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)  # the settings of torch's allocators, by its age
+# Where torch's allocators take their settings from: by its age.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def _set_environment() -> None:

@@ -124,11 +124,14 @@ def settle_others(run: Run, block: torch.nn.Module, index: int) -> None:
 
 def copy_outside(run: Run, writer: CheckpointWriter) -> None:
     """Writes what belongs to no block."""
-    for stored in _others(run.source, None):
-        writer.add(stored, _stored(run, stored, run.source.read(stored)), fixed=True)
+    names = [(stored, stored) for stored in _others(run.source, None)]
     head = _head_copy(run)
     if head is not None:
-        writer.add(head[0], _stored(run, head[0], run.source.read(head[1])), fixed=True)
+        names.append(head)
+    for name, of in names:
+        tensor = run.source.read(of)
+        stored = _stored(run, name, tensor)
+        writer.add(name, stored, fixed=stored is tensor)  # a cast one takes memory, a mapped one does not
 
 
 def _stored(run: Run, name: str, tensor: Tensor) -> Tensor:
