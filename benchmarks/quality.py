@@ -84,6 +84,8 @@ def variants() -> list[Variant]:
             gptq("GPTQ default, following at 0.5", FOLLOWED, aim=0.5),
             gptq("GPTQ default, following", FOLLOWED),
             gptq("GPTQ default, following at 1", FOLLOWED, aim=1.0),
+            gptq("GPTQ default, following, damping 0.03", FOLLOWED, damping=0.03),
+            gptq("GPTQ default, following, damping 0.01", FOLLOWED, damping=0.01),
             gptq("GPTQ best", BEST),
         ]
     for name, effort in (("default", DEFAULT), ("default, following", FOLLOWED), ("best", BEST)):
