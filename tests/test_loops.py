@@ -435,7 +435,7 @@ def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_solver_hardly_waits_for_the_gpu() -> None:
-    """One answer for a factorization, one for a choice of scales, one for an error; none in the rounding."""
+    """One answer for a factorization, one for an error; none in a choice of scales, none in the rounding."""
     import awq_search
     import gptq_solver
 
@@ -464,7 +464,7 @@ def test_the_solver_hardly_waits_for_the_gpu() -> None:
     assert waits(lambda: gptq_solver.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
     assert waits(lambda: gptq_solver.output_error(W, grid.dequantize(q, plain, 60), H)) <= 1
     effort = SearchEffort(8, 1)
-    assert waits(lambda: awq_search.choose_scales(W, H, factor, rows, 1500, spec, effort)) <= 1
+    assert waits(lambda: awq_search.choose_scales(W, H, factor, rows, 1500, spec, effort)) == 0
 
 
 def test_fallback_where_triton_cannot_run() -> None:

@@ -32,6 +32,7 @@ from grid import (
     round_to_nearest,
     search_grid,
 )
+from lanes import Lanes
 from models import second_moment, weights
 from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
 
@@ -144,8 +145,8 @@ def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     H = x.T @ x + torch.eye(width)
     reverse = activation_order(H).flip(0)
-    found = gptq_solver._inverse_factor(H, reverse, dtype)
-    assert found is not None
+    found, failed = gptq_solver._inverse_factor(H, reverse, dtype)
+    assert not failed
     L = torch.linalg.cholesky(H[reverse][:, reverse].double())
     expected = torch.linalg.solve_triangular(L, torch.eye(width, dtype=torch.float64), upper=False).flip(0, 1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
@@ -349,7 +350,7 @@ def test_channel_scales_of_every_group_size(size: int) -> None:
     factor = factorize(H.clone(), 0.0, act_order=True)
     spec, effort = GridSpec(4, size, True), SearchEffort(8, 1)
     chosen = choose_scales(W, H, factor, torch.arange(1024), 1024, spec, effort)
-    index = chosen.losses.index(min(chosen.losses))
+    index = int(chosen.losses.argmin())
     s = candidates(H, torch.arange(1024), 1024, (chosen.exponent,))[0]
     torch.testing.assert_close(chosen.scale, s)
     scaled, other = H.clone(), replace(factor, R=factor.R.clone())
@@ -357,7 +358,7 @@ def test_channel_scales_of_every_group_size(size: int) -> None:
     grid = search_grid(W * s, metric_blocks(scaled, size), spec, effort)
     q = compensate(W * s, grid, spec, other)
     again = float(quadratic(W * s, dequantize(q, grid, size), scaled).sum())
-    assert chosen.losses[index] == pytest.approx(again, rel=0.01)
+    assert float(chosen.losses[index]) == pytest.approx(again, rel=0.01)
 
 
 def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
@@ -366,8 +367,8 @@ def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     factor = factorize(H.clone(), 0.0, act_order=True)
     spec, effort = GridSpec(3, 32, False), SearchEffort(8, 1)
     chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
-    assert chosen.losses[0] >= min(chosen.losses)
-    for exponent, loss in zip((0.0, 0.3, 0.6), (chosen.losses[i] for i in (0, 3, 6)), strict=True):
+    assert chosen.losses[0] >= chosen.losses.min()
+    for exponent, loss in zip((0.0, 0.3, 0.6), (float(chosen.losses[i]) for i in (0, 3, 6)), strict=True):
         (s,) = candidates(H, torch.arange(64), 64, (exponent,))
         scaled, other = H.clone(), replace(factor, R=factor.R.clone())
         scale_(scaled, other, s)
@@ -468,6 +469,65 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
     else:
         assert set(exponents.values()) == {None}
         assert not changes.names
+
+
+@pytest.mark.parametrize("folds", [[], FOLDS], ids=["gptq", "awq"])
+def test_side_by_side_changes_nothing(folds: list[Fold]) -> None:
+    """All factors, then all scales, then the rounding, or one group after another: the same bits."""
+    found = []
+    for lanes in (None, Lanes()):
+        block, _, moments = calibrated()
+        changes = BlockChanges()
+        with torch.no_grad():
+            solved = list(
+                solve_block(
+                    block,
+                    "m",
+                    [["a", "b"], ["c"]],
+                    moments.__getitem__,
+                    folds,
+                    options(),
+                    changes,
+                    None,
+                    lanes,
+                )
+            )
+        reports = [(s.path, s.report.name, s.report.error, s.report.exponent) for s in solved]
+        found.append((reports, [s.q for s in solved], list(block.parameters()), changes.names))
+    for one, other in zip(found[0], found[1], strict=True):
+        if isinstance(one, list) and isinstance(one[0], Tensor):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        else:
+            assert one == other
+
+
+@pytest.mark.parametrize("lanes", [None, Lanes()], ids=["one by one", "side by side"])
+def test_no_scaling_changes_nothing(lanes: Lanes | None) -> None:
+    """Where all channels carry as much, the scales are one, and no parameter but the rounded weights is touched."""
+    block, _, _ = calibrated()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(1e-5)  # more digits than float16 has
+    before = {name: p.detach().clone() for name, p in block.named_parameters()}
+    changes = BlockChanges()
+    with torch.no_grad():
+        solved = list(
+            solve_block(
+                block,
+                "m",
+                [["a", "b"], ["c"]],
+                lambda _: torch.eye(64),
+                FOLDS,
+                options(),
+                changes,
+                None,
+                lanes,
+            )
+        )
+    assert [s.report.exponent for s in solved] == [0.0] * 3
+    assert not changes.names
+    for name, parameter in block.named_parameters():
+        assert torch.equal(parameter, before[name]) != (name in ("a.weight", "b.weight", "c.weight")), name
 
 
 def test_dynamic_groups_follow_the_order() -> None:

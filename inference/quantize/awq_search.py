@@ -28,11 +28,23 @@ ROWS = 256  # rows of the weights that candidates are judged on
 
 @dataclass(frozen=True, slots=True)
 class ChannelScales:
-    """`scale`: float32 (sources), one per row of what the scale folds into; `exponent` of the best; losses of all."""
+    """`scale`: float32 (sources), one per row of what the scale folds into; `losses` of all candidates, float32.
+
+    Both on the device, which nobody has waited for.
+    """
 
     scale: Tensor
-    exponent: float
-    losses: tuple[float, ...]
+    losses: Tensor
+
+    @property
+    def exponent(self) -> float:
+        """Of the best candidate; zero for no scaling, whose scales are exactly one. Waits for the device."""
+        return EXPONENTS[int(_best(self.losses))]
+
+
+def _best(losses: Tensor) -> Tensor:
+    """The number of the smallest, of the first of equals; int64 (1). A NaN is never it, but where all are."""
+    return losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
 
 
 def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ...]) -> Tensor:
@@ -80,9 +92,8 @@ def choose_scales(
     stacked = sample.repeat(count, 1)
     q = compensate(stacked, every, replace(spec, group_size=1), factor)
     E = stacked.sub_(dequantize(q, every, 1))
-    losses = ((E @ H) * E).reshape(count, -1).sum(1).tolist()
-    best = min(range(count), key=lambda i: losses[i])
-    return ChannelScales(scales[best], EXPONENTS[best], tuple(losses))
+    losses = ((E @ H) * E).reshape(count, -1).sum(1)
+    return ChannelScales(scales.index_select(0, _best(losses))[0], losses)
 
 
 def scale_(H: Tensor, factor: Factor, scale: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +23,15 @@ from evaluate import QuantizedSource
 from folds import Fold, exact_folds, find_folds, unknown
 from follow import Follower
 from job import Run
+from lanes import Lanes
 from moments import SecondMoment
 from passes import Passes, walk
 from resume import KeptStates
 from solve import STACK, BlockChanges, LayerReport, Moments, solve_block
 from source import Source
+
+# Matrices that a linear's solution holds at most: of the second moment's size beside it, and of the weight's.
+FACTOR, ROUNDING = 2, 8
 
 
 @dataclass(slots=True)
@@ -36,11 +41,14 @@ class Course:
     batch: as large as the run began with; home: where the states live; in_order: each linear of a block is rounded for
     what those before it, rounded, make of its inputs, by passes that halt. That takes the states again for every input,
     which is slow where they come from the host: there all inputs are taken at once, of the block as it was.
+
+    side_by_side: linears with different inputs are rounded at the same time where there is room; this may change.
     """
 
     batch: capture.MicroBatch
     home: torch.device
     in_order: bool
+    side_by_side: bool = True
 
 
 def quantize_blocks(
@@ -87,6 +95,7 @@ def quantize_blocks(
                 source.release(source.modules[index])
                 writer.forget()
                 del run.reports[reported:]
+                course.side_by_side = False
                 streams = [states] if reference is None else [states, reference]
                 _relieve(run, source.blocks[index], streams, batch, told)
             with onward:
@@ -150,14 +159,18 @@ def _block(
             return _finished(run, f"{name}.{stops[group]}", total)
 
     moments: Moments = in_order
+    lanes = None
     try:
         if folds or (follower is None and not course.in_order):
             progress.step("capture")
             with run.stage("capture"):
                 moments = _at_once(run, block, name, states, kwargs, groups, batch).pop
+            if course.side_by_side and follower is None:
+                lanes = _lanes(run, block, groups)
         changes = BlockChanges()
-        with run.stage("solve"):
-            for solved in solve_block(block, name, groups, moments, folds, run.options, changes, follower):
+        args = (block, name, groups, moments, folds, run.options, changes, follower, lanes)
+        with run.stage("solve"), closing(solve_block(*args)) as linears:
+            for solved in linears:
                 progress.step(f"solved {solved.path}")
                 with run.stage("pack"):
                     write_linear(run, writer, name, solved)
@@ -270,6 +283,20 @@ def _at_once(
     sums = [SecondMoment(linear_at(block, paths[0]).in_features, run.device) for paths in groups]
     capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
     return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
+
+
+def _lanes(run: Run, block: torch.nn.Module, groups: list[list[str]]) -> Lanes | None:
+    """One for each group of linears, on a GPU with room for all of them and for what else lies there."""
+    if run.device.type != "cuda":
+        return None
+    needed = 0
+    for paths in groups:
+        width = linear_at(block, paths[0]).in_features
+        needed += 4 * (
+            FACTOR * width**2 + ROUNDING * width * sum(linear_at(block, p).out_features for p in paths)
+        )
+    free = capture.free_memory(run.device, run.config.max_memory)
+    return Lanes.on(run.device, len(groups)) if 2 * needed < free else None
 
 
 def _finished(run: Run, name: str, total: SecondMoment) -> Tensor | None:

@@ -150,7 +150,8 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) 
     """Divides what produces the fold's input by `scale` (one per source row, float32), as stored in `dtype`.
 
     A norm is changed at once, and the targets' scale undoes exactly what was stored: the norm's weight loses digits
-    in `dtype`. A linear's weight is left to the caller, who quantizes it anyway; its bias is changed here.
+    in `dtype`. A linear's weight is left to the caller, who quantizes it anyway; its bias is changed here. A scale of
+    exactly one changes nothing. The device is not waited for, if `fold.rows` are there.
     """
     source = block.get_submodule(fold.source)
     rows = fold.rows.to(scale.device)
@@ -160,7 +161,7 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) 
         divisor = torch.ones(source.out_features, device=scale.device)
         divisor[rows] = scale[rows]
         if isinstance(bias, Tensor):
-            bias.copy_((bias.float() / divisor).to(dtype))
+            _divide_(bias, divisor, dtype)
         return Folded(divisor[rows], divisor, bias_name)
     offset = _offset(source)
     weight = source.weight
@@ -169,12 +170,17 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) 
     new = ((old / scale) - offset).to(dtype).float()
     actual = old / (new + offset)
     # A weight of zero, or one that the division lost, keeps its channel as it was.
-    usable = torch.isfinite(actual) & (actual > 0)
+    usable = torch.isfinite(actual) & (actual > 0) & (scale != 1)
     actual = torch.where(usable, actual, torch.ones_like(actual))
     weight.copy_(torch.where(usable, new, weight.float()))
     if isinstance(bias, Tensor):
-        bias.copy_((bias.float() / actual).to(dtype))
+        _divide_(bias, actual, dtype)
     return Folded(actual, None, (f"{fold.source}.weight", *bias_name))
+
+
+def _divide_(bias: Tensor, divisor: Tensor, dtype: torch.dtype) -> None:
+    """Divides in place, to the digits of `dtype`; what is divided by one stays as it is."""
+    bias.copy_(torch.where(divisor == 1, bias.float(), (bias.float() / divisor).to(dtype).float()))
 
 
 @torch.no_grad()

@@ -62,26 +62,44 @@ def activation_order(H: Tensor) -> Tensor:
     return torch.sort(H.diagonal(), descending=True, stable=True).indices
 
 
-def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> Factor:
-    """The factor of `H` (in, in), which is left damped, in place, by as much as it took.
+class Factorization:
+    """The factor of `H` (in, in) on its way: begun at once, asked for with `finish`; a GPU is not waited for before.
 
-    The damping is raised tenfold at a time where Cholesky fails; float64 is tried before that. Beside `H` and the
-    factor it needs a quarter of `H` more, of a small `H` as much again. Errors: `NotFactorizable`, with `H` as it was.
+    `H` is left damped, in place, by as much as it took: the damping is raised tenfold at a time where Cholesky fails,
+    float64 is tried before that. Beside `H` and the factor it needs a quarter of `H` more, of a small `H` as much
+    again.
     """
-    width = H.shape[0]
-    order = activation_order(H) if act_order else torch.arange(width, device=H.device)
-    reverse = order.flip(0)
-    plain = H.diagonal().clone()
-    while True:
-        condition_(H, damping)
-        for dtype in (torch.float32, torch.float64):
-            R = _inverse_factor(H, reverse, dtype)
-            if R is not None:
-                return Factor(R, order, damping)
-        H.diagonal().copy_(plain)
-        if damping >= largest:
-            raise NotFactorizable("the second moment has no Cholesky factor at any damping")
-        damping = max(damping * 10, 1e-3)
+
+    def __init__(self, H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> None:
+        self._H, self._damping, self._largest = H, damping, largest
+        self._order = activation_order(H) if act_order else torch.arange(H.shape[0], device=H.device)
+        self._plain = H.diagonal().clone()
+        self._attempt(torch.float32)
+
+    def _attempt(self, dtype: torch.dtype) -> None:
+        if dtype == torch.float32:
+            condition_(self._H, self._damping)
+        self._dtype = dtype
+        self._R, self._failed = _inverse_factor(self._H, self._order.flip(0), dtype)
+
+    def finish(self) -> Factor:
+        """Waits for it. Errors: `NotFactorizable`, with `H` as it was."""
+        while bool(self._failed):
+            del self._R
+            if self._dtype == torch.float32:
+                self._attempt(torch.float64)
+                continue
+            self._H.diagonal().copy_(self._plain)
+            if self._damping >= self._largest:
+                raise NotFactorizable("the second moment has no Cholesky factor at any damping")
+            self._damping = max(self._damping * 10, 1e-3)
+            self._attempt(torch.float32)
+        return Factor(self._R, self._order, self._damping)
+
+
+def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> Factor:
+    """The factor of `H`: what `Factorization` does, at once."""
+    return Factorization(H, damping, act_order=act_order, largest=largest).finish()
 
 
 def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
@@ -96,21 +114,22 @@ def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
     return W + correction
 
 
-def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`R` in float32, from a Cholesky in `dtype`; None where there is none. One new (in, in), worked on in place."""
+def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`R` in float32, from a Cholesky in `dtype`, and whether there is none: a boolean scalar on the device.
+
+    One new (in, in), worked on in place.
+    """
     width = H.shape[0]
     A = torch.empty(width, width, dtype=dtype, device=H.device)
     strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
     for a, b in strips:
         A[a:b] = H[reverse[a:b]][:, reverse]
     failed, inverses = dense.cholesky_(A)
-    if not A.is_cuda and bool(failed):
-        return None
+    if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
+        return A, failed
     dense.lower_inverse_(A, inverses)
     del inverses
-    # On a GPU the only question that waits for an answer.
-    if bool(failed | ~torch.isfinite(A.diagonal()).all()):
-        return None
+    failed = failed | ~torch.isfinite(A.diagonal()).all()
     R = A.to(torch.float32)
     del A
     # Both dimensions turned round, a strip and its mirror image at a time.
@@ -122,7 +141,7 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> Tensor | 
         upper = R[a:b].flip(0, 1)
         R[a:b] = R[width - b : width - a].flip(0, 1)
         R[width - b : width - a] = upper
-    return R
+    return R, failed
 
 
 @loops.tensor_cores()
@@ -211,9 +230,19 @@ def _spans(width: int, size: int) -> list[list[slice]]:
 
 
 @loops.tensor_cores()
-def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
-    """`tr((W - V) H (W - V)^T) / tr(W H W^T)`: the relative squared output error of a layer."""
+def output_forms(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
+    """`tr((W - V) H (W - V)^T)` and `tr(W H W^T)`: float64 (2), on the device, which is not waited for."""
     both = torch.cat((W - V, W))
     forms = torch.sum((both @ H).mul_(both), dim=1, dtype=torch.float64)
-    lost, whole = forms.reshape(2, -1).sum(1).tolist()
+    return forms.reshape(2, -1).sum(1)
+
+
+def relative(forms: Tensor) -> float:
+    """The relative squared output error of a layer, from `output_forms`. Waits for the device."""
+    lost, whole = forms.tolist()
     return lost / whole if whole > 0 else 0.0
+
+
+def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
+    """The relative squared output error of a layer whose weights are `V` instead of `W`, both (out, in)."""
+    return relative(output_forms(W, V, H))

@@ -9,8 +9,7 @@ followed, that goes for the scales alone, and the rounding goes forward.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,8 +19,18 @@ from awq_search import ChannelScales, choose_scales, scale_
 from capture import linear_at
 from folds import Fold, apply_fold, sources
 from follow import Drift, Follower
-from gptq_solver import Factor, NotFactorizable, aim, compensate, descend, factorize, output_error
+from gptq_solver import (
+    Factor,
+    Factorization,
+    NotFactorizable,
+    aim,
+    compensate,
+    descend,
+    output_forms,
+    relative,
+)
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, round_to_nearest, search_grid
+from lanes import Lanes, Mark
 
 STACK = 1 << 28  # weights that are rounded together at most
 REPORT_ROWS = 256  # rows of a layer on which its output error is told
@@ -125,41 +134,92 @@ def solve_block(
     options: SolveOptions,
     changes: BlockChanges,
     follower: Follower | None = None,
-) -> Iterator[Solved]:
+    lanes: Lanes | None = None,
+) -> Generator[Solved, None, None]:
     """Yields every linear quantized, its de-quantized weight already in the block.
 
     groups: paths that share an input, in the order in which the block computes; moments: gives `H` (in, in) of one
     group, which is used up, or None where it is unusable; asked for once each, with `folds` from the last group to
-    the first and in order without, when all groups before it are in the block. With a `follower` the linears aim at
-    what the source would give, and moments serve only the folds.
+    the first and in order without. With `lanes`, one for each group, all are asked for before a linear is rounded; else
+    each when the groups before it are in the block. With a `follower` the linears aim at what the source would give,
+    and moments serve only the folds.
     """
+    device = linear_at(block, groups[0][0]).weight.device
+    scaling = _Scalings(block, groups, [replace(fold, rows=fold.rows.to(device)) for fold in folds], options)
+    order = list(range(len(groups)))
+    if folds:
+        order.reverse()
     if follower is not None:
-        yield from _solve_following(block, name, groups, moments, folds, options, changes, follower)
-        return
-    divisors: dict[str, Tensor] = {}
-    for index in reversed(range(len(groups))) if folds else range(len(groups)):
-        paths, H = groups[index], moments(index)
-        weights = [linear_at(block, path).weight.detach().float() for path in paths]
-        weights = [
-            W / divisors[p][:, None] if p in divisors else W for p, W in zip(paths, weights, strict=True)
-        ]
-        start = time.perf_counter()
-        problem = _Problem.prepare(H, options, weights[0].shape[1], weights[0].device)
+        yield from _solve_following(block, name, groups, moments, scaling, options, follower)
+    elif lanes is not None:
+        with lanes:
+            yield from _side_by_side(block, name, groups, order, moments, scaling, options, lanes)
+    else:
+        yield from _one_by_one(block, name, groups, order, moments, scaling, options)
+    changes.names.update(scaling.changed())
+
+
+def _one_by_one(
+    block: nn.Module,
+    name: str,
+    groups: list[list[str]],
+    order: list[int],
+    moments: Moments,
+    scaling: _Scalings,
+    options: SolveOptions,
+) -> Iterator[Solved]:
+    """Each group is done with, and its memory free, before the next one's moment is asked for."""
+    for index in order:
+        paths = groups[index]
+        problem = _Preparation.of(moments(index), block, paths, options).finish()
+        weights = [_weight(block, path) for path in paths]
+        scaling.choose(index, weights, problem, keep=True)
+        weights = [scaling.apply(path, W) for path, W in zip(paths, weights, strict=True)]
+        for rounded in _round(block, name, paths, weights, problem, options):
+            yield from rounded.finish(scaling.exponent(index))
+            del rounded
+        del problem, weights
+
+
+def _side_by_side(
+    block: nn.Module,
+    name: str,
+    groups: list[list[str]],
+    order: list[int],
+    moments: Moments,
+    scaling: _Scalings,
+    options: SolveOptions,
+    lanes: Lanes,
+) -> Iterator[Solved]:
+    """All factors, then all channel scales, then the rounding, each group in a lane of its own. Nothing waits for the
+    device before all of it is begun, but to know whether the factors exist."""
+    begun, problems, rounded = {}, {}, {}
+    for index in order:
+        H = moments(index)
+        with lanes.lane(index):
+            begun[index] = _Preparation.of(H, block, groups[index], options)
         del H
-        fold = next((f for f in folds if set(f.targets) == set(paths)), None)
-        exponent: float | None = None
-        if fold is not None and problem.factor is not None:
-            chosen = _choose(block, fold, weights, problem, options)
-            exponent = chosen.exponent
-            if exponent > 0:
-                folded = apply_fold(block, fold, chosen.scale, options.store)
-                changes.names.update(folded.changed)
-                if folded.rows is not None:
-                    divisors[fold.source] = folded.rows
-                scale_(problem.H, problem.factor, folded.channels)
-                weights = [W * folded.channels for W in weights]
-        yield from _round(block, name, paths, weights, problem, options, exponent, start)
-        del problem, weights  # before the next group's moment takes their place
+    for index in order:
+        with lanes.lane(index):
+            problems[index] = begun.pop(index).finish()
+    for index in order:
+        with lanes.lane(index, after=scaling.behind(index)):
+            scaling.choose(index, [_weight(block, p) for p in groups[index]], problems[index], keep=True)
+    for index in order:
+        paths = groups[index]
+        with lanes.lane(index):
+            weights = [scaling.apply(path, _weight(block, path)) for path in paths]
+            rounded[index] = list(_round(block, name, paths, weights, problems.pop(index), options))
+            del weights
+    for index in order:
+        lanes.join(index)
+        for each in rounded.pop(index):
+            yield from each.finish(scaling.exponent(index))
+
+
+def _weight(block: nn.Module, path: str) -> Tensor:
+    """Float32, (out, in)."""
+    return linear_at(block, path).weight.detach().float()
 
 
 def _solve_following(
@@ -167,60 +227,89 @@ def _solve_following(
     name: str,
     groups: list[list[str]],
     moments: Moments,
-    folds: list[Fold],
+    scaling: _Scalings,
     options: SolveOptions,
-    changes: BlockChanges,
     follower: Follower,
 ) -> Iterator[Solved]:
     """First all channel scales, from the last input back to the first, then the rounding in order."""
-    scales = {path: _Scaling() for paths in groups for path in paths}
-    exponents: dict[str, float] = {}
     for index in reversed(range(len(groups))):
-        paths = groups[index]
-        fold = next((f for f in folds if set(f.targets) == set(paths)), None)
-        H = None if fold is None else moments(index)
-        if fold is None or H is None:
+        if not scaling.folded(index):
             continue
-        weights = [scales[path].apply(follower.weight(path)) for path in paths]
-        problem = _Problem.prepare(H, options, weights[0].shape[1], weights[0].device)
-        del H
-        if problem.factor is None:
-            continue
-        chosen = _choose(block, fold, weights, problem, options)
-        exponents |= dict.fromkeys(paths, chosen.exponent)
-        if chosen.exponent > 0:
-            folded = apply_fold(block, fold, chosen.scale, options.store)
-            changes.names.update(folded.changed)
-            if folded.rows is not None:
-                scales[fold.source].rows = folded.rows
-            for path in paths:
-                scales[path].channels = folded.channels
-    for path, scaling in scales.items():
+        problem = _Preparation.of(moments(index), block, groups[index], options).finish()
+        scaling.choose(index, [follower.weight(path) for path in groups[index]], problem, keep=False)
+        del problem
+    for path in (path for paths in groups for path in paths):
         weight = linear_at(block, path).weight
-        weight.copy_(scaling.apply(follower.weight(path)).to(weight.dtype))
+        weight.copy_(scaling.apply(path, follower.weight(path)).to(weight.dtype))
     for index, paths in enumerate(groups):
-        drift = follower.drift(index, scales[paths[0]].channels)
-        start = time.perf_counter()
-        width = linear_at(block, paths[0]).in_features
-        problem = _Problem.prepare(None if drift is None else drift.H, options, width, follower.device)
-        weights = [scales[path].apply(follower.weight(path)) for path in paths]
+        drift = follower.drift(index, scaling.channels.get(paths[0]))
+        problem = _Preparation.of(None if drift is None else drift.H, block, paths, options).finish()
+        weights = [scaling.apply(path, follower.weight(path)) for path in paths]
         if drift is not None and problem.factor is not None:
             weights = [aim(W, _missed(W, drift), problem.factor) for W in weights]
         del drift
-        yield from _round(block, name, paths, weights, problem, options, exponents.get(paths[0]), start)
+        for rounded in _round(block, name, paths, weights, problem, options):
+            yield from rounded.finish(scaling.exponent(index))
+            del rounded
         del problem, weights
 
 
-@dataclass(slots=True)
-class _Scaling:
-    """What folds do to a linear's weight: its input channels are multiplied, its rows divided."""
+class _Scalings:
+    """The channel scales of a block, each chosen from the last group of linears back to the first.
 
-    channels: Tensor | None = None
-    rows: Tensor | None = None
+    What folds do to a linear's weight: its input `channels` are multiplied, its `rows` divided. No scaling is a scale
+    of one, which changes nothing: so nobody has to wait to know which was chosen.
+    """
 
-    def apply(self, W: Tensor) -> Tensor:
-        W = W if self.rows is None else W / self.rows[:, None]
-        return W if self.channels is None else W * self.channels
+    def __init__(
+        self, block: nn.Module, groups: list[list[str]], folds: list[Fold], options: SolveOptions
+    ) -> None:
+        self._block, self._groups, self._options = block, groups, options
+        self._folds = {i: f for i, paths in enumerate(groups) for f in folds if set(f.targets) == set(paths)}
+        self._chosen: dict[int, tuple[ChannelScales, tuple[str, ...]]] = {}
+        self._from: dict[str, int] = {}  # the group whose fold divides a linear's rows
+        self.channels: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+
+    def folded(self, index: int) -> bool:
+        return index in self._folds
+
+    def behind(self, index: int) -> set[int]:
+        """The groups whose scales must have been chosen before those of group `index`."""
+        return {self._from[path] for path in self._groups[index] if path in self._from}
+
+    def choose(self, index: int, weights: list[Tensor], problem: _Problem, *, keep: bool) -> None:
+        """Scales the inputs of group `index`, where a fold and a factor are there; weights: of its linears, unscaled,
+        float32. keep: the problem becomes that of the scaled inputs."""
+        fold = self._folds.get(index)
+        if fold is None or problem.factor is None:
+            return
+        paths, spec = self._groups[index], self._options.spec(weights[0].shape[1])
+        stacked = torch.cat([self.apply(path, W) for path, W in zip(paths, weights, strict=True)])
+        rows, count = fold.rows, sources(self._block, fold)
+        chosen = choose_scales(stacked, problem.H, problem.factor, rows, count, spec, AWQ_EFFORT)
+        folded = apply_fold(self._block, fold, chosen.scale, self._options.store)
+        self._chosen[index] = chosen, folded.changed
+        if folded.rows is not None:
+            self.rows[fold.source] = folded.rows
+            self._from[fold.source] = index
+        for path in paths:
+            self.channels[path] = folded.channels
+        if keep:
+            scale_(problem.H, problem.factor, folded.channels)
+
+    def apply(self, path: str, W: Tensor) -> Tensor:
+        """A linear's weight as its scales make it."""
+        W = W / self.rows[path][:, None] if path in self.rows else W
+        return W * self.channels[path] if path in self.channels else W
+
+    def exponent(self, index: int) -> float | None:
+        """Of the scales of group `index`, None where it has none. Waits for the device."""
+        return self._chosen[index][0].exponent if index in self._chosen else None
+
+    def changed(self) -> set[str]:
+        """Parameters that folds changed, by path in the block, other than weights of linears."""
+        return {name for chosen, names in self._chosen.values() if chosen.exponent > 0 for name in names}
 
 
 def _missed(W: Tensor, drift: Drift) -> Tensor:
@@ -229,14 +318,36 @@ def _missed(W: Tensor, drift: Drift) -> Tensor:
     return AIM * (missed if drift.stream is None else missed + drift.stream)
 
 
-def _choose(
-    block: nn.Module, fold: Fold, weights: list[Tensor], problem: _Problem, options: SolveOptions
-) -> ChannelScales:
-    assert problem.factor is not None
-    rows, spec = fold.rows.to(weights[0].device), options.spec(weights[0].shape[1])
-    return choose_scales(
-        torch.cat(weights), problem.H, problem.factor, rows, sources(block, fold), spec, AWQ_EFFORT
-    )
+@dataclass(slots=True)
+class _Rounded:
+    """Linears of one input, rounded together: on their way, where they come from a GPU."""
+
+    name: str
+    paths: list[str]
+    q: list[Tensor]
+    grids: list[Grid]
+    g_idx: Tensor | None
+    forms: Tensor  # of the output error, (linears, 2)
+    problem: _Problem
+    share: float  # of the problem's time
+    begun: Mark
+    ended: Mark
+
+    def finish(self, exponent: float | None) -> Iterator[Solved]:
+        """Waits for them."""
+        problem, count = self.problem, len(self.paths)
+        seconds = self.share * problem.seconds + self.ended.since(self.begun) / count
+        for path, q, grid, forms in zip(self.paths, self.q, self.grids, self.forms.cpu(), strict=True):
+            report = LayerReport(
+                f"{self.name}.{path}",
+                relative(forms),
+                problem.damping,
+                problem.dead,
+                exponent,
+                problem.fallback,
+                seconds,
+            )
+            yield Solved(path, q, grid, self.g_idx, report)
 
 
 def _round(
@@ -246,45 +357,38 @@ def _round(
     weights: list[Tensor],
     problem: _Problem,
     options: SolveOptions,
-    exponent: float | None,
-    start: float,
-) -> Iterator[Solved]:
+) -> Iterator[_Rounded]:
     """Rounds the linears of one input and puts what the file will hold into the block; `weights` are used up.
 
     They are rounded as rows of one matrix where that is not too large: a column takes as long for few rows as for many.
-    `start`: when the work on them began.
+    A GPU is not waited for.
     """
-    seconds = (time.perf_counter() - start) / len(paths)
     for part in _stacks(weights):
-        start = time.perf_counter()
+        begun = Mark(weights[part[0]].device)
         rows = [weights[i].shape[0] for i in part]
         W = torch.cat([weights[i] for i in part]) if len(part) > 1 else weights[part[0]]
         for i in part:
             weights[i] = W.new_empty(0)
         q, grid, g_idx, V = problem.solve(W, options.spec(W.shape[1]), options)
-        solved = []
-        pieces = zip(
-            torch.split(W, rows), torch.split(V, rows), torch.split(q, rows), _split(grid, rows), strict=True
-        )
-        for i, (W_one, V_one, q_one, grid_one) in zip(part, pieces, strict=True):
+        forms = []
+        for i, W_one, V_one in zip(part, torch.split(W, rows), torch.split(V, rows), strict=True):
             sample = slice(None, None, max(1, W_one.shape[0] // REPORT_ROWS))
-            error = output_error(W_one[sample], V_one[sample], problem.H)
+            forms.append(output_forms(W_one[sample], V_one[sample], problem.H))
             weight = linear_at(block, paths[i]).weight
             weight.copy_(V_one.to(weight.dtype))
-            report = LayerReport(
-                f"{name}.{paths[i]}",
-                error,
-                problem.damping,
-                problem.dead,
-                exponent,
-                problem.fallback,
-                seconds,
-            )
-            solved.append(Solved(paths[i], q_one, grid_one, g_idx, report))
         del W, V
-        for one in solved:
-            one.report.seconds += (time.perf_counter() - start) / len(part)
-        yield from solved
+        yield _Rounded(
+            name,
+            [paths[i] for i in part],
+            list(torch.split(q, rows)),
+            _split(grid, rows),
+            g_idx,
+            torch.stack(forms),
+            problem,
+            1 / len(paths),
+            begun,
+            Mark(q.device),
+        )
 
 
 def _stacks(weights: list[Tensor]) -> list[list[int]]:
@@ -303,6 +407,44 @@ def _split(grid: Grid, rows: list[int]) -> list[Grid]:
     ]
 
 
+class _Preparation:
+    """A `_Problem` on its way: begun at once, asked for with `finish`."""
+
+    def __init__(self, H: Tensor | None, options: SolveOptions, width: int, device: torch.device) -> None:
+        self._H, self._width, self._device = H, width, device
+        self._begun = Mark(device)
+        if H is not None:
+            diagonal = H.diagonal()
+            self._seen = torch.stack((torch.isfinite(diagonal).logical_not().sum(), (diagonal <= 0).sum()))
+            self._factorization = Factorization(H, options.damping, act_order=options.act_order)
+        self._ended = Mark(device)
+
+    @classmethod
+    def of(cls, H: Tensor | None, block: nn.Module, paths: list[str], options: SolveOptions) -> _Preparation:
+        """For the input of the linears `paths`."""
+        weight = linear_at(block, paths[0]).weight
+        return cls(H, options, weight.shape[1], weight.device)
+
+    def finish(self) -> _Problem:
+        """Waits for the device."""
+        seconds = self._ended.since(self._begun)
+        if self._H is None:
+            return self._plain("no usable inputs", 0, seconds)
+        infinite, dead = self._seen.tolist()
+        if infinite:
+            return self._plain("second moment is not finite", 0, seconds)
+        try:
+            factor = self._factorization.finish()
+        except NotFactorizable:
+            # Not even its diagonal blocks can be trusted: it may be indefinite, or hold NaN.
+            return self._plain("second moment cannot be factorized", dead, seconds)
+        return _Problem(self._H, factor, factor.damping, dead, None, seconds)
+
+    def _plain(self, why: str, dead: int, seconds: float) -> _Problem:
+        H = torch.eye(self._width, device=self._device)
+        return _Problem(H, None, 0.0, dead, f"rounded to nearest: {why}", seconds)
+
+
 @dataclass(slots=True)
 class _Problem:
     """One input's second moment made ready: damped `H`, its factor, and why there is none. Owns both matrices."""
@@ -312,22 +454,7 @@ class _Problem:
     damping: float
     dead: int
     fallback: str | None
-
-    @classmethod
-    def prepare(cls, H: Tensor | None, options: SolveOptions, width: int, device: torch.device) -> _Problem:
-        if H is None:
-            return cls(torch.eye(width, device=device), None, 0.0, 0, "rounded to nearest: no usable inputs")
-        if not bool(torch.isfinite(H.diagonal()).all()):
-            plain = torch.eye(width, device=device)
-            return cls(plain, None, 0.0, 0, "rounded to nearest: second moment is not finite")
-        dead = int((H.diagonal() <= 0).sum())
-        try:
-            factor = factorize(H, options.damping, act_order=options.act_order)
-        except NotFactorizable:
-            # Not even its diagonal blocks can be trusted: it may be indefinite, or hold NaN.
-            plain = torch.eye(width, device=device)
-            return cls(plain, None, 0.0, dead, "rounded to nearest: second moment cannot be factorized")
-        return cls(H, factor, factor.damping, dead, None)
+    seconds: float  # that it took
 
     def solve(
         self, W: Tensor, spec: GridSpec, options: SolveOptions
@@ -344,7 +471,7 @@ class _Problem:
             straight = Factor(
                 self.factor.R, torch.arange(len(order), device=order.device), self.factor.damping
             )
-            permuted = _Problem(self.H[order][:, order], straight, self.damping, self.dead, None)
+            permuted = _Problem(self.H[order][:, order], straight, self.damping, self.dead, None, 0.0)
             q, grid, _, V = permuted.solve(W[:, order], spec, inner)
             back = torch.argsort(order)
             g_idx = torch.div(back, spec.group_size, rounding_mode="floor").to(torch.int32)

@@ -1,0 +1,124 @@
+"""Streams side by side: what waits for what, and that the solver's results do not depend on them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from folds import Fold
+from lanes import Lanes, Mark
+from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+
+CPU = torch.device("cpu")
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = pytest.param(torch.device("cuda"), marks=gpu)
+LONG = 50_000_000  # cycles of a GPU: some hundredths of a second
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_lanes_wait_for_what_they_need(device: torch.device) -> None:
+    """A lane waits for the caller and for the lanes that it names, the caller for those that it joins, and at the end
+    for all."""
+
+    def pause() -> None:
+        if device.type == "cuda":
+            torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
+
+    x, y, z = (torch.zeros(1000, device=device) for _ in range(3))
+    with Lanes.on(device, 3) as lanes:
+        pause()
+        x.fill_(1)
+        with lanes.lane(0):
+            x.add_(1)  # after the caller
+            pause()
+            y.copy_(x)
+        with lanes.lane(1, after=[0]):
+            y.mul_(10)
+        lanes.join(1)
+        assert y.tolist() == [20] * 1000
+        with lanes.lane(2):
+            pause()
+            z.copy_(y)
+    assert z.tolist() == [20] * 1000
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_lanes_are_joined_after_an_error(device: torch.device) -> None:
+    x = torch.zeros(1000, device=device)
+
+    def fail() -> None:
+        with Lanes.on(device, 1) as lanes, lanes.lane(0):
+            if device.type == "cuda":
+                torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
+            x.fill_(3)
+            raise ValueError("told")
+
+    with pytest.raises(ValueError, match="told"):
+        fail()
+    assert x.tolist() == [3] * 1000
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_marks_tell_how_long_the_work_took(device: torch.device) -> None:
+    begun = Mark(device)
+    if device.type == "cuda":
+        torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
+    else:
+        time.sleep(0.02)
+    assert 0.01 < Mark(device).since(begun) < 5
+
+
+class Gated(nn.Module):
+    """What a block's MLP has, and a linear that nothing folds into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(512)
+        self.gate, self.up = nn.Linear(512, 1024, bias=False), nn.Linear(512, 1024, bias=False)
+        self.down, self.other = nn.Linear(1024, 512), nn.Linear(512, 256)
+
+
+GROUPS = [["gate", "up"], ["down"], ["other"]]
+FOLDS = [Fold("norm", ("gate", "up"), torch.arange(512)), Fold("up", ("down",), torch.arange(1024))]
+
+
+def moments(device: torch.device) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for width in (512, 1024, 512):
+        x = torch.randn(4 * width, width, generator=generator) * torch.rand(width, generator=generator).exp()
+        yield (x.T @ x / len(x)).to(device)
+
+
+@pytest.mark.parametrize("folds", [[], FOLDS], ids=["gptq", "awq"])
+@pytest.mark.parametrize("device", [CUDA])
+def test_bits_do_not_depend_on_lanes(device: torch.device, folds: list[Fold]) -> None:
+    """Three times each, since a race may be won once; and other work goes on where the results are taken."""
+    torch.manual_seed(0)
+    source = Gated()
+    effort = EFFORTS["default"]
+    options = SolveOptions(
+        4, 128, False, True, False, 0.05, effort, 0, (torch.bfloat16, torch.float16), torch.bfloat16
+    )
+    expected: dict[str, Tensor] = {}
+    for lanes in (None, *[Lanes.on(device, 3)] * 3):
+        block = copy.deepcopy(source).to(device)
+        given = dict(enumerate(moments(device)))
+        with torch.no_grad():
+            solved = solve_block(block, "m", GROUPS, given.pop, folds, options, BlockChanges(), None, lanes)
+            found = {}
+            for each in solved:
+                torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
+                found[f"{each.path}.q"] = each.q.clone()
+        found |= {name: p.detach().clone() for name, p in block.named_parameters()}
+        expected = expected or found
+        assert found.keys() == expected.keys()
+        for name in found:
+            assert torch.equal(found[name], expected[name]), name
