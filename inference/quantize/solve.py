@@ -191,26 +191,30 @@ def _side_by_side(
     options: SolveOptions,
     lanes: Lanes,
 ) -> Iterator[Solved]:
-    """All factors, then all channel scales, then the rounding, each group in a lane of its own. Nothing waits for the
-    device before all of it is begun, but to know whether the factors exist."""
+    """Each group in a lane of its own. Nothing waits for the device before all of it is begun, but to know whether the
+    factors exist; and what keeps the device busy for long with few kernels is begun before what does with many."""
     begun, problems, rounded = {}, {}, {}
     for index in order:
         H = moments(index)
         with lanes.lane(index):
             begun[index] = _Preparation.of(H, block, groups[index], options)
         del H
-    for index in order:
-        with lanes.lane(index):
-            problems[index] = begun.pop(index).finish()
-    for index in order:
+
+    def solve(index: int) -> None:
         with lanes.lane(index, after=scaling.behind(index)):
+            problems[index] = begun.pop(index).finish()
             scaling.choose(index, [_weight(block, p) for p in groups[index]], problems[index], keep=True)
-    for index in order:
-        paths = groups[index]
+        for other in order:
+            if index in scaling.behind(other) and not scaling.behind(other) & begun.keys():
+                solve(other)
         with lanes.lane(index):
-            weights = [scaling.apply(path, _weight(block, path)) for path in paths]
-            rounded[index] = list(_round(block, name, paths, weights, problems.pop(index), options))
-            del weights
+            weights = [scaling.apply(path, _weight(block, path)) for path in groups[index]]
+            rounded[index] = list(_round(block, name, groups[index], weights, problems.pop(index), options))
+
+    widths = {index: linear_at(block, groups[index][0]).in_features for index in order}
+    for index in sorted(order, key=widths.__getitem__):
+        if not scaling.behind(index):
+            solve(index)
     for index in order:
         lanes.join(index)
         for each in rounded.pop(index):
@@ -267,7 +271,6 @@ class _Scalings:
         self._block, self._groups, self._options = block, groups, options
         self._folds = {i: f for i, paths in enumerate(groups) for f in folds if set(f.targets) == set(paths)}
         self._chosen: dict[int, tuple[ChannelScales, tuple[str, ...]]] = {}
-        self._from: dict[str, int] = {}  # the group whose fold divides a linear's rows
         self.channels: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
 
@@ -275,8 +278,9 @@ class _Scalings:
         return index in self._folds
 
     def behind(self, index: int) -> set[int]:
-        """The groups whose scales must have been chosen before those of group `index`."""
-        return {self._from[path] for path in self._groups[index] if path in self._from}
+        """The groups whose scales must have been chosen before those of group `index`: they divide its rows."""
+        paths = self._groups[index]
+        return {i for i, fold in self._folds.items() if fold.source in paths}
 
     def choose(self, index: int, weights: list[Tensor], problem: _Problem, *, keep: bool) -> None:
         """Scales the inputs of group `index`, where a fold and a factor are there; weights: of its linears, unscaled,
@@ -292,7 +296,6 @@ class _Scalings:
         self._chosen[index] = chosen, folded.changed
         if folded.rows is not None:
             self.rows[fold.source] = folded.rows
-            self._from[fold.source] = index
         for path in paths:
             self.channels[path] = folded.channels
         if keep:
