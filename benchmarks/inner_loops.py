@@ -78,11 +78,6 @@ def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
     return dense.cholesky_(A)[1]
 
 
-def _inverse(A: Tensor, L: Tensor, inverses: list[Tensor]) -> None:
-    A.copy_(L)
-    dense.lower_inverse_(A, inverses)
-
-
 def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
     """Times the factorization of `H` (n, n) and its parts; the floor is three products on the tensor cores."""
     n = H.shape[0]
@@ -94,18 +89,15 @@ def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
         dense.PANEL = panel
         row(f"Cholesky of {n} by panels of {panel}", timed(partial(_cholesky, A, H), 1) - copying, floor)
     dense.PANEL = plain
-    inverses = _cholesky(A, H)
-    L = A.clone()
     if n <= HIDDEN:
         row("  the library's", timed(partial(torch.linalg.cholesky_ex, H), 1), floor)
-    row(f"inverse of its factor of {n}", timed(partial(_inverse, A, L, inverses), 1) - copying, floor)
-    del A, L, inverses
+    del A
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     factor = gptq_solver.factorize(H, 0.0, act_order=True)
     used = (torch.cuda.max_memory_allocated() - base) / (n * n * 4)
     seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True), 1)
-    row(f"factorize {n} (all of it)", seconds, 2 * floor)
+    row(f"factorize {n} (all of it)", seconds, floor)
     print(f"  beside H it took {used:.2f} of its size", flush=True)
     if n == MLP:
         check("factor and a quarter of H, no more", used < 1.27)
@@ -141,13 +133,12 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     group = torch.div(factor.order, SPEC.group_size, rounding_mode="floor")
     work, q = W.T.contiguous(), torch.empty(width, out, dtype=torch.uint8, device="cuda")
     errors = torch.empty(gptq_solver.COLUMNS, out, device="cuda")
+    R = factor.inverses[-1][: gptq_solver.COLUMNS, : gptq_solver.COLUMNS]  # one piece for all
 
     def columns_alone() -> None:
         for a in pieces:
             s = slice(a, a + gptq_solver.COLUMNS)
-            loops.compensate_columns(
-                work[s], scale, zero, group[s], factor.R[s, s], SPEC.levels, q[s], errors
-            )
+            loops.compensate_columns(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
     done = gptq_solver.compensate(W, found, SPEC, factor)
@@ -227,17 +218,15 @@ def check_against_float64() -> None:
 
     factor = gptq_solver.factorize(H, 0.1, act_order=False)
     damped = H.double()
-    R = factor.R.double()
-    identity = R @ damped @ R.T  # R^T R = H^-1
-    error = float((identity - torch.eye(width, device="cuda", dtype=torch.float64)).abs().max())
-    check(f"R H R^T is the identity to 1e-3 ({error:.1e})", error < 1e-3)
-    exact = torch.linalg.cholesky(damped.flip(0, 1))
-    exact = torch.linalg.solve_triangular(exact, torch.eye(width, device="cuda").double(), upper=False)
-    exact = exact.flip(0, 1)
-    library = torch.linalg.cholesky(H.flip(0, 1))
-    library = torch.linalg.solve_triangular(library, torch.eye(width, device="cuda"), upper=False).flip(0, 1)
-    off, plain = (float((found.double() - exact).norm() / exact.norm()) for found in (R, library))
-    check(f"R is off by {off:.1e}, with the library's float32 by {plain:.1e}", off < 4 * plain)
+    U = factor.U.double()
+    exact, library = (torch.linalg.cholesky(A.flip(0, 1)).flip(0, 1) for A in (damped, H))
+    off, plain = (float((found.double() - exact).norm() / exact.norm()) for found in (U, library))
+    check(f"U is off by {off:.1e}, with the library's float32 by {plain:.1e}", off < 4 * plain)
+    error = 0.0
+    for span, inverse in factor.spans():
+        eye = torch.eye(len(inverse), device="cuda", dtype=torch.float64)
+        error = max(error, float((U[span, span] @ inverse.double() - eye).abs().max()))
+    check(f"the inverses of its blocks are ({error:.1e})", error < 1e-3)
 
     W = 0.02 * torch.randn(out, width, device="cuda")
     M = grid.metric_blocks(H, SPEC.group_size)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,27 +118,30 @@ def off(found: Tensor, truth: Tensor) -> float:
     return float((found.cpu().double() - truth).norm() / truth.norm())
 
 
+def diagonal_blocks(L: Tensor, inverses: list[Tensor]) -> list[Tensor]:
+    """Those of a triangle that `inverses` are of; they cover its diagonal."""
+    edges = list(accumulate((len(inverse) for inverse in inverses), initial=0))
+    assert edges[-1] == len(L)
+    return [L[a:b, a:b] for a, b in pairwise(edges)]
+
+
 @pytest.mark.parametrize("n", [1, 64, 100, 129, 600])
-def test_cholesky_and_inverse(n: int, products: str) -> None:
+def test_cholesky(n: int, products: str) -> None:
     H = second_moment(n)
     truth = torch.linalg.cholesky(H)
     exact, single = H.clone(), H.float().to(DEVICE)
-    inverses = []
     for A, tolerance in ((exact, 1e-13), (single, 3e-6)):
         A.add_(torch.full_like(A, 1e3).triu(1))  # the upper triangle is not read
-        failed, blocks = dense.cholesky_(A)
-        inverses.append(blocks)
+        failed, inverses = dense.cholesky_(A)
         assert not bool(failed)
         assert torch.equal(A, A.tril())
         assert off(A, truth) < tolerance
-    dense.lower_inverse_(exact, inverses[0])
-    torch.testing.assert_close(exact @ truth, torch.eye(n, dtype=H.dtype), atol=1e-10, rtol=0)
-    assert torch.equal(exact, exact.tril())
-    dense.lower_inverse_(single, inverses[1])
-    assert torch.equal(single, single.tril())
-    # No further off than a routine of the library in the same precision, but for a factor.
-    plain = torch.linalg.inv(torch.linalg.cholesky(H.float()))
-    assert off(single, exact) < 4 * off(plain, exact) + 1e-7
+        plain = diagonal_blocks(torch.linalg.cholesky(H.to(A.dtype)), inverses)
+        for inverse, block, known in zip(inverses, diagonal_blocks(truth, inverses), plain, strict=True):
+            assert torch.equal(inverse, inverse.tril())
+            expected = torch.linalg.inv(block)
+            # No further off than routines of the library in the same precision, but for a factor.
+            assert off(inverse, expected) < 4 * off(torch.linalg.inv(known), expected) + 1e-7
 
 
 @pytest.mark.parametrize("where", [3, 127, 128, 400, 599])
@@ -194,13 +198,15 @@ def test_factorization_on_the_gpu() -> None:
     """Large enough for the tensor cores, where they are taken."""
     n = 3000
     H = second_moment(n)
-    X = H.float().to(DEVICE)
-    failed, inverses = dense.cholesky_(X)
+    L = H.float().to(DEVICE)
+    failed, inverses = dense.cholesky_(L)
     assert not bool(failed)
-    dense.lower_inverse_(X, inverses)
-    truth = torch.linalg.inv(torch.linalg.cholesky(H.to(DEVICE)))
-    plain = torch.linalg.inv(torch.linalg.cholesky(H.float().to(DEVICE)))
-    assert off(X, truth.cpu()) < 4 * off(plain, truth.cpu())
+    truth = torch.linalg.cholesky(H.to(DEVICE))
+    plain = torch.linalg.cholesky(H.float().to(DEVICE))
+    assert off(L, truth.cpu()) < 4 * off(plain, truth.cpu())
+    for inverse, block in zip(inverses, diagonal_blocks(truth, inverses), strict=True):
+        expected = torch.linalg.inv(block).cpu()
+        assert off(inverse, expected) < 4 * off(torch.linalg.inv(block.float()), expected) + 1e-6
 
 
 @pytest.mark.parametrize("levels", [3, 15, 255])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import dense
 import loops
 from awq_search import candidates, choose_scales, scale_
 from folds import Fold
@@ -101,15 +102,28 @@ def test_factor(width: int, act_order: bool) -> None:
     H = second_moment(width, 3 * width)
     factor = factorize(H.clone(), 0.01, act_order=act_order)
     assert factor.damping == 0.01
-    assert torch.equal(factor.R, factor.R.triu())
-    assert bool((factor.R.diagonal() > 0).all())
+    assert torch.equal(factor.U, factor.U.triu())
+    assert bool((factor.U.diagonal() > 0).all())
     if act_order:
         diagonal = H.diagonal()[factor.order]
         assert bool((diagonal[:-1] >= diagonal[1:]).all())
     assert sorted(factor.order.tolist()) == list(range(width))
     damped = condition(H, 0.01).double()[factor.order][:, factor.order]
-    R = factor.R.double()
-    torch.testing.assert_close(R.T @ R @ damped, torch.eye(width, dtype=torch.float64), rtol=0, atol=2e-3)
+    U = factor.U.double()
+    torch.testing.assert_close(U @ U.T, damped, rtol=0, atol=1e-5 * float(damped.diagonal().max()))
+    blocks_are_inverted(factor)
+
+
+def blocks_are_inverted(factor: Factor) -> None:
+    """The inverses are those of the blocks on the diagonal, which they cover."""
+    stops = [0]
+    for span, R in factor.spans():
+        assert span.start == stops[-1]
+        stops.append(span.stop)
+        assert torch.equal(R, R.triu())
+        identity = factor.U[span, span].double() @ R.double()
+        torch.testing.assert_close(identity, torch.eye(len(R), dtype=torch.float64), rtol=0, atol=2e-4)
+    assert stops[-1] == len(factor.U)
 
 
 def test_condition() -> None:
@@ -139,17 +153,17 @@ def test_dead_channels() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1, 2, 5, 1023, 1024, 2050])
 def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
-    """The permutation, the inverse in place and the turn by strips, at their borders."""
+    """The permutation, Cholesky in place and the turn by strips, at their borders."""
     import gptq_solver
 
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     H = x.T @ x + torch.eye(width)
     reverse = activation_order(H).flip(0)
-    found, failed = gptq_solver._inverse_factor(H, reverse, dtype)
+    U, inverses, failed = gptq_solver._factor(H, reverse, dtype)
     assert not failed
-    L = torch.linalg.cholesky(H[reverse][:, reverse].double())
-    expected = torch.linalg.solve_triangular(L, torch.eye(width, dtype=torch.float64), upper=False).flip(0, 1)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    expected = torch.linalg.cholesky(H[reverse][:, reverse].double()).flip(0, 1)
+    torch.testing.assert_close(U.double(), expected, rtol=1e-3, atol=1e-4)
+    blocks_are_inverted(Factor(U, inverses, reverse.flip(0), 0.0))
 
 
 def test_factorize_leaves_the_damped_one() -> None:
@@ -173,10 +187,9 @@ def test_singular_needs_damping() -> None:
     assert raised.damping >= 1e-3
     kept = factorize(H.clone(), 0.1, act_order=False)
     assert kept.damping == 0.1
-    R = kept.R.double()
-    torch.testing.assert_close(
-        R.T @ R @ condition(H, 0.1).double(), torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-3
-    )
+    U = kept.U.double()
+    damped = condition(H, 0.1).double()[kept.order][:, kept.order]
+    torch.testing.assert_close(U @ U.T, damped, rtol=0, atol=1e-5)
 
 
 def test_indefinite_raises_damping_step_by_step() -> None:
@@ -208,10 +221,12 @@ def test_spans_change_nothing_but_the_order_of_sums(
     W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
     spec = GridSpec(4, group, True)
     grid = search_grid(W, metric_blocks(H, group), spec)
-    factor = factorize(H.clone(), 0.0, act_order=True)
     results = []
     for size in (4096, span):
         monkeypatch.setattr(gptq_solver, "SPAN", size)
+        monkeypatch.setattr(dense, "PANEL", size)  # whose blocks are what the recursion's spans are
+        factor = factorize(H.clone(), 0.0, act_order=True)
+        assert len(factor.inverses) == -(-800 // size)
         q = compensate(W, grid, spec, factor)
         results.append((q, *descend(W, q, grid, spec, H, sweeps=3, refit=True)))
     (q, fine, one), (q_span, fine_span, spanned) = results
@@ -316,7 +331,8 @@ def test_scaled_factor_is_a_fresh_one(act_order: bool) -> None:
     scale_(H, factor, scale)
     assert torch.equal(H, scaled)
     fresh = factorize(scaled[order][:, order], 0.0, act_order=False)
-    torch.testing.assert_close(factor.R, fresh.R, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(factor.U, fresh.U, rtol=2e-3, atol=2e-4)
+    blocks_are_inverted(factor)
     assert torch.equal(factor.order, order)
 
 
@@ -353,7 +369,7 @@ def test_channel_scales_of_every_group_size(size: int) -> None:
     index = int(chosen.losses.argmin())
     s = candidates(H, torch.arange(1024), 1024, (chosen.exponent,))[0]
     torch.testing.assert_close(chosen.scale, s)
-    scaled, other = H.clone(), replace(factor, R=factor.R.clone())
+    scaled, other = H.clone(), copy.deepcopy(factor)
     scale_(scaled, other, s)
     grid = search_grid(W * s, metric_blocks(scaled, size), spec, effort)
     q = compensate(W * s, grid, spec, other)
@@ -370,7 +386,7 @@ def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     assert chosen.losses[0] >= chosen.losses.min()
     for exponent, loss in zip((0.0, 0.3, 0.6), (float(chosen.losses[i]) for i in (0, 3, 6)), strict=True):
         (s,) = candidates(H, torch.arange(64), 64, (exponent,))
-        scaled, other = H.clone(), replace(factor, R=factor.R.clone())
+        scaled, other = H.clone(), copy.deepcopy(factor)
         scale_(scaled, other, s)
         grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)
         q = compensate(W * s, grid, spec, other)
@@ -494,11 +510,10 @@ def test_side_by_side_changes_nothing(folds: list[Fold]) -> None:
             )
         reports = [(s.path, s.report.name, s.report.error, s.report.exponent) for s in solved]
         found.append((reports, [s.q for s in solved], list(block.parameters()), changes.names))
-    for one, other in zip(found[0], found[1], strict=True):
-        if isinstance(one, list) and isinstance(one[0], Tensor):
-            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-        else:
-            assert one == other
+    (reports, integers, parameters, names), other = found
+    assert (reports, names) == (other[0], other[3])
+    for one, same in zip([*integers, *parameters], [*other[1], *other[2]], strict=True):
+        assert torch.equal(one, same)
 
 
 @pytest.mark.parametrize("lanes", [None, Lanes()], ids=["one by one", "side by side"])
@@ -593,7 +608,7 @@ def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
 
 def test_columns_twin_is_what_runs_here() -> None:
     assert not loops.on_triton(torch.zeros(1))
-    factor = Factor(torch.eye(2), torch.arange(2), 0.0)
+    factor = Factor(torch.eye(2), [torch.eye(2)], torch.arange(2), 0.0)
     W = torch.tensor([[0.4, -0.6]])
     grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
     assert compensate(W, grid, GridSpec(2, 2, True), factor).tolist() == [[3, 1]]

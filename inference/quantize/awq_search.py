@@ -63,7 +63,6 @@ def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ..
     return torch.where(used, scale / (largest * smallest).sqrt(), 1.0)
 
 
-@loops.tensor_cores()
 def choose_scales(
     W: Tensor, H: Tensor, factor: Factor, rows: Tensor, sources: int, spec: GridSpec, effort: SearchEffort
 ) -> ChannelScales:
@@ -92,16 +91,20 @@ def choose_scales(
     stacked = sample.repeat(count, 1)
     q = compensate(stacked, every, replace(spec, group_size=1), factor)
     E = stacked.sub_(dequantize(q, every, 1))
-    losses = ((E @ H) * E).reshape(count, -1).sum(1)
+    with loops.tensor_cores():
+        losses = (E @ H).mul_(E).reshape(count, -1).sum(1)
     return ChannelScales(scales.index_select(0, _best(losses))[0], losses)
 
 
 def scale_(H: Tensor, factor: Factor, scale: Tensor) -> None:
     """Turns `H` (in, in) and its factor into those of inputs divided by `scale` (in), in place.
 
-    No new Cholesky: the factor of `S^-1 H S^-1` is that of `H` with its columns times the scale.
+    No new Cholesky: the factor of `S^-1 H S^-1` is that of `H` with its rows over the scale.
     """
     for start in range(0, H.shape[0], STRIP):
         part = slice(start, start + STRIP)
         H[part] /= scale[part, None] * scale
-    factor.R.mul_(scale[factor.order])
+    ordered = scale[factor.order]
+    factor.U.div_(ordered[:, None])
+    for span, R in factor.spans():
+        R.mul_(ordered[span])

@@ -1,4 +1,4 @@
-"""Cholesky and the inverse of a triangle for large matrices, in place: nearly all of it matrix products.
+"""Cholesky of large matrices, in place: nearly all of it matrix products, and those at about float32's accuracy.
 
 On a GPU whose tensor cores multiply TF32 several times as fast as its other units multiply float32, a product takes
 three of theirs: each matrix is the sum of two that TF32 holds, and of the four products of the parts the smallest is
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import loops
 
-PANEL = 1024  # columns of one step of Cholesky, and of a triangle that is multiplied as if it were full
+PANEL = 1024  # columns of one step of Cholesky
 LEAF = 64  # a triangle that is inverted by substitution
 DEPTH = 2048  # of what is split at a time, which bounds the memory
 LARGE = 1 << 31  # multiplications of a product that is worth splitting
@@ -34,19 +34,19 @@ def _threefold(a: Tensor, b: Tensor) -> bool:
 
 
 def _tf32_(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-    """`out <- beta out + alpha a b` on the tensor cores."""
-    with loops.tensor_cores():
-        out.addmm_(a, b, alpha=alpha, beta=beta)
+    """`out <- beta out + alpha a b`; on the tensor cores, which the caller has allowed."""
+    out.addmm_(a, b, alpha=alpha, beta=beta)
 
 
 def _multiply_(out: Tensor, a: Parts, b: Parts, alpha: float, beta: float) -> None:
     if len(a) == 1:
         out.addmm_(a[0], b[0], alpha=alpha, beta=beta)
         return
-    # The small ones first, while the sum is small too.
-    _tf32_(out, a[1], b[0], alpha, beta)
-    _tf32_(out, a[0], b[1], alpha, 1.0)
-    _tf32_(out, a[0], b[0], alpha, 1.0)
+    with loops.tensor_cores():
+        # The small ones first, while the sum is small too.
+        _tf32_(out, a[1], b[0], alpha, beta)
+        _tf32_(out, a[0], b[1], alpha, 1.0)
+        _tf32_(out, a[0], b[0], alpha, 1.0)
 
 
 def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
@@ -63,12 +63,19 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
         beta = 1.0
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a b`, as `product_`."""
+    result = a.new_empty(a.shape[0], b.shape[1])
+    product_(result, a, b, beta=0.0)
+    return result
+
+
 def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Replaces a symmetric matrix (n, n), of which the lower triangle is read, by its lower Cholesky factor.
 
     What lies above the diagonal becomes zero. Returns whether there is no factor, a boolean scalar on the device that
-    nobody has waited for (the matrix is then worthless), and what `lower_inverse_` takes: the inverses of the blocks
-    of `PANEL` on the diagonal. NaN may pass for a factor, and is on its diagonal.
+    nobody has waited for (the matrix is then worthless), and the inverses of the factor's blocks of `PANEL` on the
+    diagonal. NaN may pass for a factor, and is on its diagonal.
     """
     n = A.shape[0]
     infos, inverses = [], []
@@ -84,8 +91,7 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
             break
         A[a:b, b:] = 0
         below = A[b:, a:b]
-        panel = torch.empty_like(below, memory_format=torch.contiguous_format)
-        product_(panel, below, inverse.T, beta=0.0)
+        panel = product(below, inverse.T)
         below.copy_(panel)
         parts = loops.split(panel) if _threefold(panel, inverse) else (panel,)
         del panel
@@ -120,50 +126,3 @@ def _small_inverse(L: Tensor) -> Tensor:
         inverse, size = whole, 2 * size
     result: Tensor = inverse[0, :n, :n]
     return result
-
-
-def lower_inverse_(L: Tensor, inverses: list[Tensor]) -> None:
-    """Replaces a lower triangular matrix (n, n) by its inverse: two half-size inverses and two products, by halving.
-
-    What lies above the diagonal must be zero, and stays it. `inverses`: of the blocks on the diagonal, by `cholesky_`.
-    """
-    if len(inverses) == 1:
-        L.copy_(inverses[0])
-        return
-    half = len(inverses) // 2
-    middle = half * PANEL
-    first, corner, second = L[:middle, :middle], L[middle:, :middle], L[middle:, middle:]
-    lower_inverse_(first, inverses[:half])
-    lower_inverse_(second, inverses[half:])
-    _times_lower_(corner, first, -1.0)
-    _lower_times_(second, corner)
-
-
-def _middle(n: int) -> int:
-    return (n // 2 + 63) // 64 * 64
-
-
-def _times_lower_(C: Tensor, T: Tensor, alpha: float) -> None:
-    """`C <- alpha C T`, `T` lower triangular: in halves, each in place once no one needs what was there."""
-    if T.shape[0] <= PANEL:
-        result = torch.empty_like(C, memory_format=torch.contiguous_format)
-        product_(result, C, T, alpha=alpha, beta=0.0)
-        C.copy_(result)
-        return
-    m = _middle(T.shape[0])
-    _times_lower_(C[:, :m], T[:m, :m], alpha)
-    product_(C[:, :m], C[:, m:], T[m:, :m], alpha=alpha)
-    _times_lower_(C[:, m:], T[m:, m:], alpha)
-
-
-def _lower_times_(T: Tensor, C: Tensor) -> None:
-    """`C <- T C`, `T` lower triangular, in the same way."""
-    if T.shape[0] <= PANEL:
-        result = torch.empty_like(C, memory_format=torch.contiguous_format)
-        product_(result, T, C, beta=0.0)
-        C.copy_(result)
-        return
-    m = _middle(T.shape[0])
-    _lower_times_(T[m:, m:], C[m:])
-    product_(C[m:], T[m:, :m], C[:m])
-    _lower_times_(T[:m, :m], C[:m])

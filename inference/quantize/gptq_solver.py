@@ -2,14 +2,17 @@
 
 Frantar et al., "GPTQ" (arXiv:2210.17323), sections 3.2-3.4. For a linear `y = x W^T` with second moment
 `H = sum x x^T`, the squared output error of integers is `tr((W - V) H (W - V)^T)`. The recursion rounds one column
-after another and lets the columns to its right make up for what was lost; it needs the upper `R` with
-`H^-1 = R^T R`, which one Cholesky of the order-reversed `H` and one triangular inverse give.
+after another and lets the columns to its right make up for what was lost. GPTQ spreads a column's error by the upper
+`R` with `H^-1 = R^T R`. Chee et al., "QuIP" (arXiv:2307.13304), section 3, show that the same follows from what all
+columns before have lost, `W - V`, and the factor of `H` itself: the upper `U = R^-1` with `H = U U^T`, which one
+Cholesky of the order-reversed `H` gives. So here `R` is needed inside spans of columns alone, `U` between them.
 
 Knows tensors only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +34,23 @@ class NotFactorizable(ArithmeticError):
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """`R`: float32 (in, in), upper, `H_damped^-1 = R^T R` in the processing order; `order`: int64 (in).
+    """`U`: float32 (in, in), upper, `H_damped = U U^T` in the processing order; `order`: int64 (in).
 
-    `order[k]` is the input channel processed at step k. `damping`: the fraction of the mean diagonal added.
+    `order[k]` is the input channel processed at step k. `inverses`: of the blocks of `U` on its diagonal, which cover
+    it in order; upper, of any size. `damping`: the fraction of the mean diagonal added.
     """
 
-    R: Tensor
+    U: Tensor
+    inverses: list[Tensor]
     order: Tensor
     damping: float
+
+    def spans(self) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of each block on the diagonal, and its inverse."""
+        start = 0
+        for R in self.inverses:
+            yield slice(start, start + len(R)), R
+            start += len(R)
 
 
 def condition_(H: Tensor, damping: float) -> None:
@@ -80,12 +92,12 @@ class Factorization:
         if dtype == torch.float32:
             condition_(self._H, self._damping)
         self._dtype = dtype
-        self._R, self._failed = _inverse_factor(self._H, self._order.flip(0), dtype)
+        self._U, self._inverses, self._failed = _factor(self._H, self._order.flip(0), dtype)
 
     def finish(self) -> Factor:
         """Waits for it. Errors: `NotFactorizable`, with `H` as it was."""
         while bool(self._failed):
-            del self._R
+            del self._U, self._inverses
             if self._dtype == torch.float32:
                 self._attempt(torch.float64)
                 continue
@@ -94,7 +106,7 @@ class Factorization:
                 raise NotFactorizable("the second moment has no Cholesky factor at any damping")
             self._damping = max(self._damping * 10, 1e-3)
             self._attempt(torch.float32)
-        return Factor(self._R, self._order, self._damping)
+        return Factor(self._U, self._inverses, self._order, self._damping)
 
 
 def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> Factor:
@@ -109,13 +121,23 @@ def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
     is `C = E[e x^T] H^-1`. missed: `E[e x^T]`, (out, in); factor: of the second moment of `x`. With the inputs `x~` of
     a model that was not quantized, `e = W (x~ - x)`: the aim of GPTAQ (arXiv:2504.02692), here all columns at once.
     """
-    correction = torch.empty_like(W)
-    correction[:, factor.order] = missed[:, factor.order] @ factor.R.T @ factor.R
-    return W + correction
+    # C = M U^-T U^-1: one triangle solved from its end, then one from its beginning.
+    C = missed[:, factor.order]
+    spans = list(factor.spans())
+    for span, R in reversed(spans):
+        dense.product_(C[:, span], C[:, span.stop :], factor.U[span, span.stop :].T, alpha=-1.0)
+        C[:, span] = dense.product(C[:, span], R.T)
+    for span, R in spans:
+        dense.product_(C[:, span], C[:, : span.start], factor.U[: span.start, span], alpha=-1.0)
+        C[:, span] = dense.product(C[:, span], R)
+    correction = torch.empty_like(C)
+    correction[:, factor.order] = C
+    return correction.add_(W)
 
 
-def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`R` in float32, from a Cholesky in `dtype`, and whether there is none: a boolean scalar on the device.
+def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`U` and `inverses` of the `Factor`, from a Cholesky in `dtype`, and whether there is none: a boolean scalar on
+    the device.
 
     One new (in, in), worked on in place.
     """
@@ -126,22 +148,21 @@ def _inverse_factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Ten
         A[a:b] = H[reverse[a:b]][:, reverse]
     failed, inverses = dense.cholesky_(A)
     if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
-        return A, failed
-    dense.lower_inverse_(A, inverses)
-    del inverses
-    failed = failed | ~torch.isfinite(A.diagonal()).all()
-    R = A.to(torch.float32)
+        return A, inverses, failed
+    diagonals = torch.cat([A.diagonal(), *(inverse.diagonal() for inverse in inverses)])
+    failed = failed | ~torch.isfinite(diagonals).all()
+    U = A.to(torch.float32)
     del A
     # Both dimensions turned round, a strip and its mirror image at a time.
     for a, b in strips:
         if a >= width - b:
-            middle = R[a : width - a].flip(0, 1)
-            R[a : width - a] = middle
+            middle = U[a : width - a].flip(0, 1)
+            U[a : width - a] = middle
             break
-        upper = R[a:b].flip(0, 1)
-        R[a:b] = R[width - b : width - a].flip(0, 1)
-        R[width - b : width - a] = upper
-    return R, failed
+        upper = U[a:b].flip(0, 1)
+        U[a:b] = U[width - b : width - a].flip(0, 1)
+        U[width - b : width - a] = upper
+    return U, [inverse.to(torch.float32).flip(0, 1) for inverse in reversed(inverses)], failed
 
 
 @loops.tensor_cores()
@@ -151,28 +172,40 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     W: float32 (out, in).
     """
     out, width = W.shape
-    order, R = factor.order, factor.R
+    order, U = factor.order, factor.U
     group = torch.div(order, spec.group_size, rounding_mode="floor")
-    work = W.T[order].contiguous()  # (in, out): a column of W is a contiguous row
+    lost = W.T[order].contiguous()  # (in, out), a column of W a contiguous row: W, and what is done of W - V
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
-    errors = torch.empty(min(SPAN, width), out, device=W.device)
-    for first in range(0, width, SPAN):
-        last = min(first + SPAN, width)
-        for start in range(first, last, COLUMNS):
-            part = slice(start, min(start + COLUMNS, last))
-            if start > first:
-                # What the span's earlier pieces left, all at once; the columns after the span wait for its end.
-                work[part].addmm_(R[first:start, part].T, errors[: start - first], alpha=-1.0)
-            loops.compensate_columns(
-                work[part], scale, zero, group[part], R[part, part], spec.levels, q[part],
-                errors[start - first : part.stop - first],
-            )  # fmt: skip
-        if last < width:
-            work[last:].addmm_(R[first:last, last:].T, errors[: last - first], alpha=-1.0)
+    first = len(factor.inverses[0])
+    told = torch.empty(width - first, out, device=W.device)  # what the columns after the first span are told
+    for span, R in factor.spans():
+        work = lost[span].clone()
+        if span.start:
+            work.addmm_(R.T, told[span.start - first : span.stop - first])
+        _compensate_span(work, scale, zero, group[span], R, spec.levels, q[span])
+        if span.stop < width:
+            lost[span] -= work
+            told[span.stop - first :].addmm_(U[span, span.stop :].T, lost[span], beta=float(span.start > 0))
     result = torch.empty_like(q)
     result[order] = q
     return result.T.contiguous()
+
+
+def _compensate_span(
+    work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
+) -> None:
+    """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
+    columns = len(work)
+    errors = torch.empty_like(work)
+    for start in range(0, columns, COLUMNS):
+        part = slice(start, min(start + COLUMNS, columns))
+        if start:
+            # What the earlier pieces left, all at once.
+            work[part].addmm_(R[:start, part].T, errors[:start], alpha=-1.0)
+        loops.compensate_columns(
+            work[part], scale, zero, group[part], R[part, part], levels, q[part], errors[part]
+        )
 
 
 @loops.tensor_cores()

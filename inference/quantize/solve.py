@@ -139,9 +139,9 @@ def solve_block(
     """Yields every linear quantized, its de-quantized weight already in the block.
 
     groups: paths that share an input, in the order in which the block computes; moments: gives `H` (in, in) of one
-    group, which is used up, or None where it is unusable; asked for once each, with `folds` from the last group to
-    the first and in order without. With `lanes`, one for each group, all are asked for before a linear is rounded; else
-    each when the groups before it are in the block. With a `follower` the linears aim at what the source would give,
+    group, which is used up, or None where it is unusable; asked for once each. With `lanes`, one for each group, all
+    are asked for before a linear is rounded; else each when the groups before it are done, from the last group to the
+    first with `folds`, in order without. With a `follower` the linears aim at what the source would give,
     and moments serve only the folds.
     """
     device = linear_at(block, groups[0][0]).weight.device
@@ -194,7 +194,9 @@ def _side_by_side(
     """Each group in a lane of its own. Nothing waits for the device before all of it is begun, but to know whether the
     factors exist; and what keeps the device busy for long with few kernels is begun before what does with many."""
     begun, problems, rounded = {}, {}, {}
-    for index in order:
+    widths = {index: linear_at(block, groups[index][0]).in_features for index in order}
+    narrow_first = sorted(order, key=widths.__getitem__)
+    for index in narrow_first:
         H = moments(index)
         with lanes.lane(index):
             begun[index] = _Preparation.of(H, block, groups[index], options)
@@ -211,8 +213,7 @@ def _side_by_side(
             weights = [scaling.apply(path, _weight(block, path)) for path in groups[index]]
             rounded[index] = list(_round(block, name, groups[index], weights, problems.pop(index), options))
 
-    widths = {index: linear_at(block, groups[index][0]).in_features for index in order}
-    for index in sorted(order, key=widths.__getitem__):
+    for index in narrow_first:
         if not scaling.behind(index):
             solve(index)
     for index in order:
@@ -471,9 +472,7 @@ class _Problem:
         if options.dynamic_groups:
             order = self.factor.order
             inner = replace(options, dynamic_groups=False)
-            straight = Factor(
-                self.factor.R, torch.arange(len(order), device=order.device), self.factor.damping
-            )
+            straight = replace(self.factor, order=torch.arange(len(order), device=order.device))
             permuted = _Problem(self.H[order][:, order], straight, self.damping, self.dead, None, 0.0)
             q, grid, _, V = permuted.solve(W[:, order], spec, inner)
             back = torch.argsort(order)
