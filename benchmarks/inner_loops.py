@@ -228,6 +228,7 @@ def check_against_float64() -> None:
         error = max(error, float((U[span, span] @ inverse.double() - eye).abs().max()))
     check(f"the inverses of its blocks are ({error:.1e})", error < 1e-3)
 
+    R = torch.linalg.inv(U)
     W = 0.02 * torch.randn(out, width, device="cuda")
     M = grid.metric_blocks(H, SPEC.group_size)
     fast = grid.search_grid(W, M, SPEC)

@@ -103,26 +103,29 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _small_inverse(L: Tensor) -> Tensor:
-    """The inverse of a lower triangle (n, n) that is not large: leaves by substitution, all at once, then doubling."""
+    """The inverse of a lower triangle (n, n) that is not large: leaves by substitution, all at once, then doubling.
+
+    Each step is a few products over all pairs of blocks: on a GPU what counts is how many kernels are started.
+    """
     n = L.shape[0]
     full = LEAF
     while full < n:
         full *= 2
-    T = torch.eye(full, dtype=L.dtype, device=L.device)
-    T[:n, :n] = L
-    pairs = torch.arange(full // LEAF, device=L.device)
-    leaves = T.view(len(pairs), LEAF, len(pairs), LEAF)[pairs, :, pairs]
+    X = torch.eye(full, dtype=L.dtype, device=L.device)
+    X[:n, :n] = L
+    leaves = _on_diagonal(X, LEAF)
     eye = torch.eye(LEAF, dtype=L.dtype, device=L.device).expand_as(leaves)
-    inverse = torch.linalg.solve_triangular(leaves, eye, upper=False)
+    leaves.copy_(torch.linalg.solve_triangular(leaves, eye, upper=False))
     size = LEAF
     while size < full:
-        pairs = pairs[: len(pairs) // 2]
-        corners = T.view(len(pairs), 2, size, len(pairs), 2, size)[pairs, 1, :, pairs, 0]
-        first, second = inverse[0::2], inverse[1::2]
-        whole = L.new_zeros(len(pairs), 2 * size, 2 * size)
-        whole[:, :size, :size] = first
-        whole[:, size:, size:] = second
-        whole[:, size:, :size] = (second @ corners @ first).neg_()
-        inverse, size = whole, 2 * size
-    result: Tensor = inverse[0, :n, :n]
-    return result
+        pairs = _on_diagonal(X, 2 * size)
+        corners, first, second = pairs[:, size:, :size], pairs[:, :size, :size], pairs[:, size:, size:]
+        corners.copy_(second @ torch.baddbmm(corners, corners, first, beta=0, alpha=-1))
+        size *= 2
+    return X[:n, :n]
+
+
+def _on_diagonal(X: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonal of `X` (n, n): (n / size, size, size), the memory of `X`."""
+    count = X.shape[0] // size
+    return X.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

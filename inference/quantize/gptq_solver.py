@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,16 +197,17 @@ def _compensate_span(
     work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
 ) -> None:
     """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
-    columns = len(work)
     errors = torch.empty_like(work)
-    for start in range(0, columns, COLUMNS):
-        part = slice(start, min(start + COLUMNS, columns))
+    pieces = (torch.split(each, COLUMNS) for each in (work, group, q, errors))
+    start = 0
+    for part, its_group, its_q, its_errors in zip(*pieces, strict=True):
+        stop = start + len(part)
         if start:
             # What the earlier pieces left, all at once.
-            work[part].addmm_(R[:start, part].T, errors[:start], alpha=-1.0)
-        loops.compensate_columns(
-            work[part], scale, zero, group[part], R[part, part], levels, q[part], errors[part]
-        )
+            part.addmm_(R[:start, start:stop].T, errors[:start], alpha=-1.0)
+        block = R[start:stop, start:stop]
+        loops.compensate_columns(part, scale, zero, its_group, block, levels, its_q, its_errors)
+        start = stop
 
 
 @loops.tensor_cores()
@@ -226,20 +228,26 @@ def descend(
     spans = _spans(width, size)
     changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
     missing = torch.empty(min(COLUMNS, size), W.shape[0], device=W.device)
+
+    def views(part: slice, first: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
+        start, stop, index = part.start, part.stop, part.start // size
+        late = missing[: stop - start] if start > first else None
+        arguments = (
+            gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
+            changes[start - first : stop - first], dtypes,
+        )  # fmt: skip
+        return H[part, first:start], changes[: start - first], late, arguments
+
+    # Taken once for all sweeps: a kernel hardly runs longer than it takes to cut out what it works on.
+    pieces = [[views(part, span[0].start) for part in span] for span in spans]
     for sweep in range(sweeps):
-        for span in spans:
+        for span, parts in zip(spans, pieces, strict=True):
             first, last = span[0].start, span[-1].stop
-            for part in span:
-                start, stop, index = part.start, part.stop, part.start // size
-                late = None
-                if start > first:
+            for coupling, made, late, arguments in parts:
+                if late is not None:
                     # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
-                    late = missing[: stop - start]
-                    torch.mm(H[part, first:start], changes[: start - first], out=late)
-                loops.descend_columns(
-                    gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
-                    changes[start - first : stop - first], dtypes,
-                )  # fmt: skip
+                    torch.mm(coupling, made, out=late)
+                loops.descend_columns(*arguments)
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:

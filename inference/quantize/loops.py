@@ -35,6 +35,35 @@ def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+_COMPILED: dict[Any, Any] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:
+    """`kernel[grid](*args, num_warps=warps, **constants)`, `constants` in the order of the signature.
+
+    Triton asks anew at each launch what its arguments are like, which takes longer than many of these kernels do. What
+    it would find is known from what stands in the key; it compiles for nothing else.
+    """
+    if not _launches_compiled() or not hasattr(kernel, "arg_names"):  # the interpreter's has none
+        kernel[grid](*args, num_warps=warps, **constants)
+        return
+    kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
+    key = (kernel, args[0].device, warps, *kinds, *constants.values())
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        compiled = kernel[grid](*args, num_warps=warps, **constants)
+        if kernel.arg_names[len(args) :] == list(constants):
+            _COMPILED[key] = compiled
+        return
+    compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
+
+
+@lru_cache(maxsize=1)
+def _launches_compiled() -> bool:
+    """Whether this Triton's compiled kernels are launched with all arguments, constants too, as since 3.3."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Products.
 
@@ -96,9 +125,8 @@ def _split_kernel(x, high, low, columns, x_stride, stride, N: tl.constexpr):  # 
 
 def _split_triton(x: Tensor, high: Tensor, low: Tensor) -> None:
     rows, columns = x.shape
-    _split_kernel[(rows, triton.cdiv(columns, 1024))](
-        x, high, low, columns, x.stride(0), high.stride(0), N=1024, num_warps=4
-    )
+    grid = (rows, triton.cdiv(columns, 1024))
+    _launch(_split_kernel, grid, x, high, low, columns, x.stride(0), high.stride(0), warps=4, N=1024)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -264,10 +292,11 @@ def _compensate_columns_triton(
 ) -> None:
     columns, out = work.shape
     _contiguous_rows(work, scale, zero, R, q, errors)
-    _compensate_kernel[(triton.cdiv(out, ROWS),)](
+    _launch(
+        _compensate_kernel, (triton.cdiv(out, ROWS),),
         work, errors, q, scale, zero, group.contiguous(), R, columns, out, work.stride(0), errors.stride(0),
         q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels),
-        C=_padded(columns), S=SUB, B=ROWS, num_warps=1,
+        warps=1, C=_padded(columns), S=SUB, B=ROWS,
     )  # fmt: skip
 
 
@@ -425,10 +454,11 @@ def _descend_columns_triton(
     other = gradient if missing is None else missing
     _contiguous_rows(gradient, other, H, q, delta, scale[None], zero[None])
     half, brain = _casts(refit or ())
-    _descend_kernel[(triton.cdiv(out, ROWS),)](
+    _launch(
+        _descend_kernel, (triton.cdiv(out, ROWS),),
         gradient, other, q, delta, scale, zero, H, columns, out, gradient.stride(0), other.stride(0),
-        q.stride(0), delta.stride(0), H.stride(0), float(levels), MISSING=missing is not None,
-        REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS, num_warps=1,
+        q.stride(0), delta.stride(0), H.stride(0), float(levels), warps=1, MISSING=missing is not None,
+        REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS,
     )  # fmt: skip
 
 
@@ -600,10 +630,11 @@ def search_groups(
     half, brain = _casts(dtypes)
     table = _table((*factors, *NEIGHBOURS), W.device)
     B, warps = _search_tile(W, precision)
-    _search_kernel[(triton.cdiv(out, B), groups)](
+    _launch(
+        _search_kernel, (triton.cdiv(out, B), groups),
         W, M, table, loss, scale, zero, out, W.stride(0), W.stride(1), M.stride(0), float(levels),
         float((levels + 1) // 2) if symmetric else levels / 2, float(zero_min), len(factors), refits,
-        len(NEIGHBOURS), SYMMETRIC=symmetric, HALF=half, BRAIN=brain,
-        PRECISION=precision, g=g, B=B, num_warps=warps,
+        len(NEIGHBOURS), warps=warps, SYMMETRIC=symmetric, HALF=half, BRAIN=brain,
+        PRECISION=precision, g=g, B=B,
     )  # fmt: skip
     return scale, zero, loss
