@@ -581,7 +581,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "distinct inputs": (capture, "distinct_inputs"),
     "capture": (capture, "capture"),
     "second moments": (moments.SecondMoment, "add"),
-    "factorize": (solve, "factorize"),
+    "factorize": (solve, "Factorization"),
     "grid search": (solve, "search_grid"),
     "compensate": (solve, "compensate"),
     "channel scales": (solve, "choose_scales"),

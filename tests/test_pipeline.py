@@ -340,7 +340,7 @@ class _Full:
     [
         ("source.Source.load", 4),
         ("moments.SecondMoment.finish", 9),
-        ("solve.factorize", 9),
+        ("solve.Factorization", 9),
         ("solve.descend", 9),
         ("capture.forward", 2),  # to see which linears share an input
         ("capture.forward", 3),  # for second moments
@@ -378,7 +378,7 @@ def test_out_of_memory_once(
 def test_out_of_memory_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("solve.factorize", _Full(lambda: None, *range(1000)))
+    monkeypatch.setattr("solve.Factorization", _Full(lambda: None, *range(1000)))
     assert gptq_quantize.main([*QUICK, "--output_path", str(tmp_path / "out")]) == 1
     line = said(capsys)
     assert "out of memory on cpu in model.layers.0 (1.34 GiB more were asked for)" in line
