@@ -72,6 +72,17 @@ def agree(source: Source, directory: Path) -> None:
     torch.testing.assert_close(streamed(source, ids), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_without_fused_attention(
+    monkeypatch: pytest.MonkeyPatch, saved: Callable[[str], Path]
+) -> None:
+    """transformers refuses to build it with the one of PyTorch; some versions GPT-J, for one."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    directory = saved("llama")
+    agree(Source.open(directory), directory)
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_streamed_is_whole(family: str, saved: Callable[[str], Path]) -> None:
     directory = saved(family)

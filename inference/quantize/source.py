@@ -15,6 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ class Source:
         files = tensor_files(directory, allow_pickle=allow_pickle)
         check_counts(raw, len(files))
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         if "auto_map" in raw and not trust_remote_code:
             model_type = raw.get("model_type")
@@ -289,19 +290,10 @@ class Source:
             raise InputError(f"config.json is not usable ({one_line(error)}): {_OWN_CONFIG}") from None
         shapes = [s for path in set(files.values()) for s in shard_shapes(path).values()]
         limit = AllocationLimit(max(sum(map(math.prod, shapes)), _LEAST_ELEMENTS), 100 * len(shapes) + 10_000)
-        # PyTorch's fused attention has no soft cap on the scores (Gemma 2): the plain implementation does.
-        text = config.get_text_config()
-        attention = "eager" if getattr(text, "attn_logit_softcapping", None) else "sdpa"
         checked(config)
         try:
             with init_empty_weights(include_buffers=False), limit:
-                build: Any = AutoModelForCausalLM.from_config
-                skeleton = build(
-                    config,
-                    dtype=torch.float32,
-                    attn_implementation=attention,
-                    trust_remote_code=trust_remote_code,
-                )
+                skeleton = _skeleton(config, trust_remote_code=trust_remote_code)
         except TooLarge as error:
             raise InputError(f"{error}: {_OWN_CONFIG}") from None
         except ValueError as error:
@@ -538,6 +530,24 @@ class Source:
         config.pop("_name_or_path", None)
         cleaned: dict[str, Any] = without_places(config, places_of_this_machine(self.directory))
         return cleaned
+
+
+def _skeleton(config: Any, *, trust_remote_code: bool) -> Any:
+    """The model of `config` without weights; with PyTorch's fused attention wherever it computes the same."""
+    from transformers import AutoModelForCausalLM
+
+    build: Any = partial(
+        AutoModelForCausalLM.from_config, config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    # It has no soft cap on the scores (Gemma 2): the plain implementation does.
+    if not getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        try:
+            return build(attn_implementation="sdpa")
+        except ValueError as error:
+            # Transformers has it for most models, not for all.
+            if "attention implementation" not in str(error):
+                raise
+    return build(attn_implementation="eager")
 
 
 def _find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
