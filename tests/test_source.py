@@ -16,6 +16,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
@@ -80,6 +84,25 @@ def test_a_model_without_fused_attention(
 
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
     directory = saved("llama")
+    agree(Source.open(directory), directory)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY),
+        BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, initializer_range=0.15),
+        GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256, vocab_size=VOCABULARY),
+        GPTNeoConfig(
+            hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=256, vocab_size=VOCABULARY,
+        ),
+    ],
+    ids=lambda config: str(config.model_type),
+)  # fmt: skip
+def test_blocks_that_give_tuples_and_arguments_for_each_window(config: Any, tmp_path: Path) -> None:
+    """Models written long ago take the first of what a block gives; BLOOM makes its biases for each window anew."""
+    directory = write(tmp_path / "model", config)
     agree(Source.open(directory), directory)
 
 

@@ -23,6 +23,22 @@ class _Stop(Exception):
     """Leaves a forward pass as soon as what was wanted is there."""
 
 
+class _Output(Tensor):
+    """States as any model takes them from a block: as a tensor, or as the first item of a tuple.
+
+    Which of them a model expects cannot be seen from outside; what is computed with it is a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        states = self.as_subclass(Tensor)
+        return states if index == 0 else states[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self[0], None))
+
+
 class _StandIn(nn.Module):
     """Takes a block's place: calls `on_call(index, hidden, kwargs)` and hands on what it returns."""
 
@@ -44,7 +60,8 @@ class _StandIn(nn.Module):
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if len(args) > 1:
             raise InputError("this architecture passes its blocks unnamed arguments: not supported")
-        return self.__dict__["on_call"](self.__dict__["index"], hidden, kwargs)
+        states: Tensor = self.__dict__["on_call"](self.__dict__["index"], hidden, kwargs)
+        return states.as_subclass(_Output)
 
 
 @contextmanager
@@ -168,7 +185,7 @@ def embed(
     prefix = source.list_name.split(".")[0] if base is not source.skeleton else ""
     with loading():
         loaded = _load_around(source, base, prefix, device, dtype)
-    calls: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []  # of one window, then of two
     shape = (tokens.shape[0], tokens.shape[1])
     states: States | None = None
 
@@ -177,7 +194,10 @@ def embed(
         return hidden
 
     with _stand_ins(source, record):
-        base(input_ids=tokens[:1].to(device), use_cache=False)
+        for count in (1, 2):
+            base(input_ids=tokens[:1].to(device).expand(count, -1), use_cache=False)
+    blocks = len(source.modules)
+    calls = [_of_any_number(one, two) for one, two in zip(calls[:blocks], calls[blocks:], strict=True)]
     step = max(1, 65536 // shape[1])
     for start in range(0, shape[0], step):
         caught: list[Tensor] = []
@@ -198,6 +218,25 @@ def embed(
         Source.release(module)
     assert states is not None
     return states, Calls(calls)
+
+
+@dataclass(frozen=True, slots=True)
+class _PerWindow:
+    """An argument that has its rows once for each window: what they are for one (BLOOM's `alibi`)."""
+
+    one: Tensor
+
+    def of(self, windows: int) -> Tensor:
+        return self.one.repeat(windows, *[1] * (self.one.ndim - 1))
+
+
+def _of_any_number(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments from those for one window and for two; with one row they fit any number."""
+
+    def per_window(a: Any, b: Any) -> bool:
+        return isinstance(a, Tensor) and a.ndim > 0 and a.shape[0] > 1 and b.shape[0] == 2 * a.shape[0]
+
+    return {k: _PerWindow(v) if per_window(v, two.get(k)) else v for k, v in one.items()}
 
 
 def _make_states(
@@ -275,7 +314,8 @@ def linear_at(block: nn.Module, path: str) -> nn.Linear:
 
 def forward(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """One block over states (n, length, width)."""
-    out = block(hidden, **kwargs)
+    windows = len(hidden)
+    out = block(hidden, **{k: v.of(windows) if isinstance(v, _PerWindow) else v for k, v in kwargs.items()})
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
