@@ -18,6 +18,8 @@ from transformers import (
     BertConfig,
     BloomConfig,
     FalconConfig,
+    Gemma4TextConfig,
+    GPTBigCodeConfig,
     GPTJConfig,
     GPTNeoConfig,
     MixtralConfig,
@@ -87,12 +89,22 @@ def test_a_model_without_fused_attention(
     agree(Source.open(directory), directory)
 
 
+def gemma4(per_layer: int) -> Gemma4TextConfig:
+    return Gemma4TextConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, vocab_size=VOCABULARY,
+        hidden_size_per_layer_input=per_layer, vocab_size_per_layer_input=VOCABULARY, pad_token_id=0,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "config",
     [
         FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY),
         BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, initializer_range=0.15),
         GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256, vocab_size=VOCABULARY),
+        GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=VOCABULARY),
+        gemma4(0),
         GPTNeoConfig(
             hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
             max_position_embeddings=256, vocab_size=VOCABULARY,
@@ -100,10 +112,17 @@ def test_a_model_without_fused_attention(
     ],
     ids=lambda config: str(config.model_type),
 )  # fmt: skip
-def test_blocks_that_give_tuples_and_arguments_for_each_window(config: Any, tmp_path: Path) -> None:
-    """Models written long ago take the first of what a block gives; BLOOM makes its biases for each window anew."""
+def test_blocks_called_in_other_ways(config: Any, tmp_path: Path) -> None:
+    """Models written long ago take the first of what a block gives, or name no arguments; BLOOM makes its biases for
+    each window anew."""
     directory = write(tmp_path / "model", config)
     agree(Source.open(directory), directory)
+
+
+def test_blocks_that_take_more_of_each_token_than_states(tmp_path: Path) -> None:
+    source = Source.open(write(tmp_path / "model", gemma4(32)))
+    with pytest.raises(InputError, match="Gemma4TextDecoderLayer takes per_layer_input for every token"):
+        capture.embed(source, tokens(2), CPU, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

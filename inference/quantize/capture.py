@@ -7,9 +7,10 @@ stand-ins, and works for every architecture that calls its blocks one after anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -57,10 +58,15 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        if len(args) > 1:
-            raise InputError("this architecture passes its blocks unnamed arguments: not supported")
-        states: Tensor = self.__dict__["on_call"](self.__dict__["index"], hidden, kwargs)
+        block = self.__dict__["block"]
+        names = [
+            p.name for p in signature(block.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
+        ]
+        if len(args) > len(names):
+            raise InputError(f"{type(block).__name__} takes arguments without names: not supported")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        hidden = given.pop(names[0])
+        states: Tensor = self.__dict__["on_call"](self.__dict__["index"], hidden, given)
         return states.as_subclass(_Output)
 
 
@@ -185,7 +191,7 @@ def embed(
     prefix = source.list_name.split(".")[0] if base is not source.skeleton else ""
     with loading():
         loaded = _load_around(source, base, prefix, device, dtype)
-    calls: list[dict[str, Any]] = []  # of one window, then of two
+    calls: list[dict[str, Any]] = []
     shape = (tokens.shape[0], tokens.shape[1])
     states: States | None = None
 
@@ -193,11 +199,12 @@ def embed(
         calls.append({k: v for k, v in kwargs.items() if k not in _CACHES})
         return hidden
 
+    one = tokens[:1].to(device)
     with _stand_ins(source, record):
-        for count in (1, 2):
-            base(input_ids=tokens[:1].to(device).expand(count, -1), use_cache=False)
+        for some in (one, one.flip(1), one.expand(2, -1)):
+            base(input_ids=some, use_cache=False)
     blocks = len(source.modules)
-    calls = [_of_any_number(one, two) for one, two in zip(calls[:blocks], calls[blocks:], strict=True)]
+    calls = [_of_any_window(block, *calls[i::blocks]) for i, block in enumerate(source.modules)]
     step = max(1, 65536 // shape[1])
     for start in range(0, shape[0], step):
         caught: list[Tensor] = []
@@ -230,13 +237,35 @@ class _PerWindow:
         return self.one.repeat(windows, *[1] * (self.one.ndim - 1))
 
 
-def _of_any_number(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments from those for one window and for two; with one row they fit any number."""
+def _of_any_window(
+    block: nn.Module, one: dict[str, Any], other: dict[str, Any], two: dict[str, Any]
+) -> dict[str, Any]:
+    """A block's arguments from those for one window, for another one, and for two.
+
+    Errors: `InputError` where they depend on the window's tokens, which only the states may.
+    """
+    for name, value in one.items():
+        if not _equal(value, other.get(name)):
+            raise InputError(
+                f"{type(block).__name__} takes {name} for every token beside its states: not supported"
+            )
 
     def per_window(a: Any, b: Any) -> bool:
         return isinstance(a, Tensor) and a.ndim > 0 and a.shape[0] > 1 and b.shape[0] == 2 * a.shape[0]
 
+    # What has one row fits any number of windows.
     return {k: _PerWindow(v) if per_window(v, two.get(k)) else v for k, v in one.items()}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments hold the same tensors; what is no tensor is taken for equal."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and all(_equal(v, b.get(k)) for k, v in a.items())
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_equal, a, b))
+    return True
 
 
 def _make_states(
