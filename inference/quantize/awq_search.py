@@ -23,7 +23,7 @@ from gptq_solver import STRIP, Factor, compensate
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-ROWS = 256  # rows of the weights that candidates are judged on
+ROWS = 128  # rows of the weights that candidates are judged on
 
 
 @dataclass(frozen=True, slots=True)
