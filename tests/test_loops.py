@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,7 @@ import dense
 import grid
 import loops
 from grid import Grid, GridSpec, SearchEffort
+from lanes import Beside
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -110,6 +112,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(dense, "_tf32_", emulated)
         monkeypatch.setattr(dense, "DEPTH", 100)
     monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(dense, "WIDE", 200)
     monkeypatch.setattr(dense, "LEAF", 32)
     return kind
 
@@ -193,11 +196,59 @@ def test_split_kernel() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_split_fourfold(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    x = on_device(weights(7, 1300))[0][:, 5:1200]
+    high, low = loops.split(x)
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    out = torch.full((9, 4 * 1195), torch.nan, device=DEVICE)
+    loops.split_fourfold(x, out[1:8])
+    assert torch.equal(out[1:8], torch.cat((high, low, high, high), 1))
+    assert bool(out[[0, 8]].isnan().all())
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
-def test_factorization_on_the_gpu() -> None:
+def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With triangles factored on a stream of their own as without, to the last bit."""
+    H = second_moment(1500).float().to(DEVICE)
+    monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(dense, "WIDE", 256)
+    monkeypatch.setattr(dense, "WHOLE", 0)
+    beside, found = Beside.stream, []
+    for stream in (lambda self, worthwhile: nullcontext(), beside, beside, beside):
+        monkeypatch.setattr(Beside, "stream", stream)
+        A = H.clone()
+        failed, inverses = dense.cholesky_(A)
+        torch.randn(2048, 2048, device=DEVICE) @ torch.randn(2048, 2048, device=DEVICE)
+        found.append((failed, A, *inverses))
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
+
+
+@pytest.mark.parametrize("n", [1, 100, 128, 129, 600])
+def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "PANEL", 128)
+    H = second_moment(n)
+    truth = torch.linalg.cholesky(H)
+    A = H.clone()
+    failed, inverses = dense._by_the_library_(A)
+    assert not bool(failed)
+    torch.testing.assert_close(A, truth, rtol=0, atol=1e-12)
+    for block, inverse in zip(diagonal_blocks(truth, inverses), inverses, strict=True):
+        assert torch.equal(inverse, inverse.tril())
+        torch.testing.assert_close(block @ inverse, torch.eye(len(block), dtype=H.dtype), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [0, 4096])
+def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large enough for the tensor cores, where they are taken."""
     n = 3000
+    monkeypatch.setattr(dense, "WHOLE", whole)
     H = second_moment(n)
     L = H.float().to(DEVICE)
     failed, inverses = dense.cholesky_(L)
