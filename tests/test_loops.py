@@ -209,6 +209,54 @@ def test_split_fourfold(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool(out[[0, 8]].isnan().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (128, 64)])
+def test_transposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """There and back, in any order; the kernel on a GPU as PyTorch without one."""
+    generator = torch.Generator().manual_seed(0)
+    (wide,) = on_device(torch.randint(0, 256, (shape[0], shape[1] + 3), generator=generator).to(dtype))
+    x = wide[:, 2 : 2 + shape[1]]
+    (order,) = on_device(torch.randperm(shape[1], generator=generator))
+    assert torch.equal(loops.transposed(x), x.T)
+    turned = loops.transposed(x, order)
+    assert torch.equal(turned, x.T[order])
+    back = loops.transposed_back(turned, order)
+    assert torch.equal(back, x)
+    assert turned.is_contiguous()
+    assert back.is_contiguous()
+
+
+@_kernel_test
+@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (128, 64)])
+def test_transposition_kernel(shape: tuple[int, int]) -> None:
+    x, order = on_device(weights(*shape), torch.randperm(shape[1]))
+    inverse = torch.argsort(order)
+    y = x.new_empty(shape[::-1])
+    assert torch.equal(loops._transpose_triton(x, y), x.T)
+    assert torch.equal(loops._transpose_triton(x, y, to=inverse), x.T[order])
+    assert torch.equal(loops._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("n", [1, 2, 33, 1100])
+def test_whole_matrices_in_place(n: int, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    monkeypatch.setattr(loops, "STRIP", 32)
+    H, scale, order = on_device(weights(n, n), weights(n).exp(), torch.randperm(n))
+    for dtype in (torch.float32, torch.float64):
+        out = torch.full((n, n), torch.nan, dtype=dtype, device=DEVICE)
+        loops.permute(H, order, out)
+        assert torch.equal(out, H[order][:, order].to(dtype))
+    expected = H.flip(0, 1), H / (scale[:, None] * scale)
+    turned = H.clone()
+    loops.turn_(turned)
+    assert torch.equal(turned, expected[0])
+    loops.divide_(H, scale)
+    assert torch.equal(H, expected[1])
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,6 @@ from grid import Grid, GridSpec, dequantize
 OUTLIER = 10.0  # times the median of the diagonal
 COLUMNS = 128  # columns of one piece of the blocked recursion
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
-STRIP = 1024  # rows of a large matrix that are moved at a time
 
 
 class NotFactorizable(ArithmeticError):
@@ -144,9 +143,7 @@ def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, lis
     """
     width = H.shape[0]
     A = torch.empty(width, width, dtype=dtype, device=H.device)
-    strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
-    for a, b in strips:
-        A[a:b] = H[reverse[a:b]][:, reverse]
+    loops.permute(H, reverse, A)
     failed, inverses = dense.cholesky_(A)
     if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
         return A, inverses, failed
@@ -154,15 +151,7 @@ def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, lis
     failed = failed | ~torch.isfinite(diagonals).all()
     U = A.to(torch.float32)
     del A
-    # Both dimensions turned round, a strip and its mirror image at a time.
-    for a, b in strips:
-        if a >= width - b:
-            middle = U[a : width - a].flip(0, 1)
-            U[a : width - a] = middle
-            break
-        upper = U[a:b].flip(0, 1)
-        U[a:b] = U[width - b : width - a].flip(0, 1)
-        U[width - b : width - a] = upper
+    loops.turn_(U)
     return U, [inverse.to(torch.float32).flip(0, 1) for inverse in reversed(inverses)], failed
 
 
@@ -175,7 +164,9 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     out, width = W.shape
     order, U = factor.order, factor.U
     group = torch.div(order, spec.group_size, rounding_mode="floor")
-    lost = W.T[order].contiguous()  # (in, out), a column of W a contiguous row: W, and what is done of W - V
+    lost = loops.transposed(
+        W, order
+    )  # (in, out), a column of W a contiguous row: W, and what is done of W - V
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
     first = len(factor.inverses[0])
@@ -188,9 +179,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
         if span.stop < width:
             lost[span] -= work
             told[span.stop - first :].addmm_(U[span, span.stop :].T, lost[span], beta=float(span.start > 0))
-    result = torch.empty_like(q)
-    result[order] = q
-    return result.T.contiguous()
+    return loops.transposed_back(q, order)
 
 
 def _compensate_span(
@@ -223,7 +212,7 @@ def descend(
     size = spec.group_size
     gradient = H @ (W - dequantize(q, grid, size)).T  # (in, out)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
-    integers = q.T.contiguous()
+    integers = loops.transposed(q)
     dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
     spans = _spans(width, size)
     changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
@@ -252,7 +241,7 @@ def descend(
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:
                 gradient[rest].addmm_(H[rest, first:last], changes[: last - first], alpha=-1.0)
-    return integers.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous())
+    return loops.transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
 
 
 def _spans(width: int, size: int) -> list[list[slice]]:

@@ -159,6 +159,139 @@ def _split_triton(x: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Matrices in another order, and divided: each number is read once and written once.
+
+STRIP = 1024  # rows of a large matrix that are moved at a time, where no kernel does
+
+
+def transposed(x: Tensor, order: Tensor | None = None) -> Tensor:
+    """`x.T`, its rows in `order` (a permutation, int64) where it is given; contiguous."""
+    if not on_triton(x) or x.stride(1) != 1:
+        return x.T.contiguous() if order is None else x.T[order].contiguous()
+    return _transpose_triton(x, x.new_empty(x.shape[1], x.shape[0]), to=_inverse(order))
+
+
+def transposed_back(y: Tensor, order: Tensor) -> Tensor:
+    """The `x` of which `y` is `transposed(x, order)`; contiguous."""
+    if not on_triton(y) or y.stride(1) != 1:
+        restored = torch.empty_like(y)
+        restored[order] = y
+        return restored.T.contiguous()
+    return _transpose_triton(y, y.new_empty(y.shape[1], y.shape[0]), taken=_inverse(order))
+
+
+def _inverse(order: Tensor | None) -> Tensor | None:
+    if order is None:
+        return None
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@_jit
+def _transpose_kernel(  # type: ignore[no-untyped-def]
+    x, y, index, rows, columns, x_stride, y_stride, TAKEN: tl.constexpr, TO: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    column = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    inside, within = row < rows, column < columns
+    source, target = row, column
+    if TAKEN:
+        source = tl.load(index + row, mask=inside, other=0)
+    if TO:
+        target = tl.load(index + column, mask=within, other=0)
+    tile = tl.load(x + source[:, None] * x_stride + column[None, :], mask=inside[:, None] & within[None, :])
+    tl.store(
+        y + target[:, None] * y_stride + row[None, :], tl.trans(tile), mask=within[:, None] & inside[None, :]
+    )
+
+
+def _transpose_triton(x: Tensor, y: Tensor, taken: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+    """`y[to] = x[taken].T`; either is a permutation, or as it is."""
+    index = taken if taken is not None else to
+    _launch(
+        _transpose_kernel, (triton.cdiv(x.shape[0], 64), triton.cdiv(x.shape[1], 64)),
+        x, y, x if index is None else index, *x.shape, x.stride(0), y.stride(0), warps=4,
+        TAKEN=taken is not None, TO=to is not None, N=64,
+    )  # fmt: skip
+    return y
+
+
+def permute(H: Tensor, order: Tensor, out: Tensor) -> None:
+    """`out <- H[order][:, order]`, (n, n), `out` of any dtype."""
+    if on_triton(H) and H.stride(1) == 1 and out.stride(1) == 1:
+        n = len(order)
+        _launch(_permute_kernel, (n,), H, out, order, n, H.stride(0), out.stride(0), warps=16, N=2048)
+        return
+    for start in range(0, len(order), STRIP):
+        part = slice(start, start + STRIP)
+        out[part] = H[order[part]][:, order]
+
+
+@_jit
+def _permute_kernel(x, y, order, n, x_stride, y_stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    x += tl.load(order + row) * x_stride
+    y += row * y_stride
+    # One program has the whole row, so that what it takes in disorder lies in its cache.
+    for start in range(0, n, N):
+        column = start + tl.arange(0, N)
+        inside = column < n
+        source = tl.load(order + column, mask=inside, other=0)
+        value = tl.load(x + source, mask=inside, other=0.0)
+        tl.store(y + column, value.to(y.dtype.element_ty), mask=inside)
+
+
+def turn_(A: Tensor) -> None:
+    """`A <- A.flip(0, 1)`, (n, n), in place."""
+    n = A.shape[0]
+    if on_triton(A) and A.is_contiguous():
+        half = (n * n + 1) // 2
+        _launch(_turn_kernel, (triton.cdiv(half, 1024),), A, half, n * n, warps=4, N=1024)
+        return
+    # A strip and its mirror image at a time.
+    for a in range(0, n, STRIP):
+        b = min(a + STRIP, n)
+        if a >= n - b:
+            middle = A[a : n - a].flip(0, 1)
+            A[a : n - a] = middle
+            break
+        upper = A[a:b].flip(0, 1)
+        A[a:b] = A[n - b : n - a].flip(0, 1)
+        A[n - b : n - a] = upper
+
+
+@_jit
+def _turn_kernel(A, half, count, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Turned round in both dimensions is turned round as a row of numbers.
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    inside = at < half
+    first = tl.load(A + at, mask=inside)
+    last = tl.load(A + (count - 1 - at), mask=inside)
+    tl.store(A + at, last, mask=inside)
+    tl.store(A + (count - 1 - at), first, mask=inside)
+
+
+def divide_(H: Tensor, scale: Tensor) -> None:
+    """`H_ij <- H_ij / (scale_i scale_j)`, (n, n), in place."""
+    if on_triton(H) and H.stride(1) == 1:
+        n = H.shape[0]
+        _launch(_divide_kernel, (n, triton.cdiv(n, 1024)), H, scale, n, H.stride(0), warps=4, N=1024)
+        return
+    for start in range(0, H.shape[0], STRIP):
+        part = slice(start, start + STRIP)
+        H[part] /= scale[part, None] * scale
+
+
+@_jit
+def _divide_kernel(H, scale, n, stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < n
+    value = tl.load(H + row * stride + column, mask=inside, other=0.0)
+    by = tl.load(scale + row) * tl.load(scale + column, mask=inside, other=1.0)
+    tl.store(H + row * stride + column, tl.div_rn(value, by), mask=inside)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # What the loops over columns share. They go in steps of `SUB` columns: inside a step only its own columns hear of each
 # other at once, in registers; a product then tells the rest of the piece.
 
