@@ -357,6 +357,46 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     torch.testing.assert_close(errors[:, same], errors_twin[:, same], atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    width, out, part, first = 96, 21, slice(32, 64), 16
+    R = upper_factor(width).contiguous()
+    W, R, H = on_device(weights(width, out), R, second_moment(width).float())
+    scale, zero, group = on_device(*grids(width, out, 3, 15))
+    works = W.clone(), W.clone()
+    qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    errors = [torch.zeros_like(W) for _ in range(2)]
+    loops.compensate_part(part, works[0], scale, zero, group, R, 15, qs[0], errors[0])
+    loops.compensate_columns(
+        works[1][part], scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part]
+    )
+    for pair in (works, qs, errors):
+        assert torch.equal(*pair)
+    assert not torch.equal(works[0], W)
+    q = qs[0].clamp(max=15)
+    gradient, missing = H @ (W - works[0]), torch.zeros(32, out, device=DEVICE)
+    qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
+    changes = [torch.zeros(width - first, out, device=DEVICE) for _ in range(2)]
+    loops.descend_part(part, first, 1, gradient, missing, scales[0], zero, H, 15, qs[0], changes[0], HALVES)
+    loops.descend_columns(
+        gradient[part],
+        missing,
+        scales[1][1],
+        zero[1],
+        H[part, part],
+        15,
+        qs[1][part],
+        changes[1][16:48],
+        HALVES,
+    )
+    for pair in (qs, scales, changes):
+        assert torch.equal(*pair)
+    assert not torch.equal(qs[0], q)
+
+
 class Piece:
     """Columns of one group in the middle of a descent, on `device`; `missing` of the gradient is held apart."""
 

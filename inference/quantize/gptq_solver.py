@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,17 +185,13 @@ def _compensate_span(
     work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
 ) -> None:
     """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
-    errors = torch.empty_like(work)
-    pieces = (torch.split(each, COLUMNS) for each in (work, group, q, errors))
-    start = 0
-    for part, its_group, its_q, its_errors in zip(*pieces, strict=True):
-        stop = start + len(part)
+    errors, turned, columns = torch.empty_like(work), R.T, len(work)
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
         if start:
             # What the earlier pieces left, all at once.
-            part.addmm_(R[:start, start:stop].T, errors[:start], alpha=-1.0)
-        block = R[start:stop, start:stop]
-        loops.compensate_columns(part, scale, zero, its_group, block, levels, its_q, its_errors)
-        start = stop
+            work[start:stop].addmm_(turned[start:stop, :start], errors[:start], alpha=-1.0)
+        loops.compensate_part(slice(start, stop), work, scale, zero, group, R, levels, q, errors)
 
 
 @loops.tensor_cores()
@@ -218,25 +213,29 @@ def descend(
     changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
     missing = torch.empty(min(COLUMNS, size), W.shape[0], device=W.device)
 
-    def views(part: slice, first: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
-        start, stop, index = part.start, part.stop, part.start // size
-        late = missing[: stop - start] if start > first else None
-        arguments = (
-            gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
-            changes[start - first : stop - first], dtypes,
-        )  # fmt: skip
-        return H[part, first:start], changes[: start - first], late, arguments
+    def views(part: slice, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        start, stop = part.start, part.stop
+        return (
+            (H[part, first:start], changes[: start - first], missing[: stop - start])
+            if start > first
+            else None
+        )
 
     # Taken once for all sweeps: a kernel hardly runs longer than it takes to cut out what it works on.
-    pieces = [[views(part, span[0].start) for part in span] for span in spans]
+    pieces = [[(part, views(part, span[0].start)) for part in span] for span in spans]
     for sweep in range(sweeps):
         for span, parts in zip(spans, pieces, strict=True):
             first, last = span[0].start, span[-1].stop
-            for coupling, made, late, arguments in parts:
-                if late is not None:
+            for part, before in parts:
+                late = None
+                if before is not None:
                     # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
+                    coupling, made, late = before
                     torch.mm(coupling, made, out=late)
-                loops.descend_columns(*arguments)
+                loops.descend_part(
+                    part, first, part.start // size, gradient, late, scale, zero, H, spec.levels, integers,
+                    changes, dtypes,
+                )  # fmt: skip
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:

@@ -42,12 +42,20 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **consta
     """`kernel[grid](*args, num_warps=warps, **constants)`, `constants` in the order of the signature.
 
     Triton asks anew at each launch what its arguments are like, which takes longer than many of these kernels do. What
-    it would find is known from what stands in the key; it compiles for nothing else.
+    it would find is known from what stands in the key; it compiles for nothing else. Of a number that is whole, it asks
+    whether it is one, a multiple of 16, and how wide.
     """
     if not _launches_compiled() or not hasattr(kernel, "arg_names"):  # the interpreter's has none
         kernel[grid](*args, num_warps=warps, **constants)
         return
-    kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
+    kinds = [
+        (a.dtype, a.data_ptr() % 16 == 0)
+        if isinstance(a, Tensor)
+        else (a == 1, a % 16 == 0, a >= 1 << 31)
+        if isinstance(a, int)
+        else None
+        for a in args
+    ]
     key = (kernel, args[0].device, warps, *kinds, *constants.values())
     compiled = _COMPILED.get(key)
     if compiled is None:
@@ -364,6 +372,24 @@ def compensate_columns(
     run(work, scale, zero, group, R, levels, q, errors)
 
 
+def compensate_part(
+    part: slice,
+    work: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    R: Tensor,
+    levels: int,
+    q: Tensor,
+    errors: Tensor,
+) -> None:
+    """`compensate_columns` of the columns `part` of matrices with more: cutting them out takes as long as a kernel."""
+    if on_triton(work):
+        _compensate_columns_triton(work, scale, zero, group, R, levels, q, errors, part)
+        return
+    compensate_columns(work[part], scale, zero, group[part], R[part, part], levels, q[part], errors[part])
+
+
 def _compensate_columns_torch(
     work: Tensor,
     scale: Tensor,
@@ -400,8 +426,10 @@ def _compensate_columns_torch(
 @_jit
 def _compensate_kernel(  # type: ignore[no-untyped-def]
     work, errors, q, scale, zero, group, R, columns, out, work_stride, errors_stride, q_stride, scale_stride,
-    zero_stride, R_stride, levels, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    zero_stride, R_stride, work_at, errors_at, q_at, group_at, R_at, levels, C: tl.constexpr, S: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
+    work, errors, q, group, R = work + work_at, errors + errors_at, q + q_at, group + group_at, R + R_at
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
@@ -451,13 +479,17 @@ def _compensate_columns_triton(
     levels: int,
     q: Tensor,
     errors: Tensor,
+    part: slice | None = None,
 ) -> None:
-    columns, out = work.shape
+    rows, out = work.shape
+    start, stop = (0, rows) if part is None else (part.start, part.stop)
+    columns = stop - start
     _contiguous_rows(work, scale, zero, R, q, errors)
+    strides = work.stride(0), errors.stride(0), q.stride(0)
     _launch(
         _compensate_kernel, (triton.cdiv(out, ROWS),),
-        work, errors, q, scale, zero, group.contiguous(), R, columns, out, work.stride(0), errors.stride(0),
-        q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels),
+        work, errors, q, scale, zero, group.contiguous(), R, columns, out, *strides, scale.stride(0),
+        zero.stride(0), R.stride(0), *(start * stride for stride in (*strides, 1, R.stride(0) + 1)), float(levels),
         warps=1, C=_padded(columns), S=SUB, B=ROWS,
     )  # fmt: skip
 
@@ -486,6 +518,35 @@ def descend_columns(
     """
     run = _descend_columns_triton if on_triton(gradient) else _descend_columns_torch
     run(gradient, missing, scale, zero, H, levels, q, delta, refit)
+
+
+def descend_part(
+    part: slice,
+    first: int,
+    group: int,
+    gradient: Tensor,
+    missing: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
+) -> None:
+    """`descend_columns` of the columns `part` of matrices with more: cutting them out takes as long as a kernel.
+
+    scale, zero: (groups, out), of which row `group` is meant; `delta` begins with column `first`.
+    """
+    if on_triton(gradient):
+        _descend_columns_triton(
+            gradient, missing, scale, zero, H, levels, q, delta, refit, (part, first, group)
+        )
+        return
+    to = slice(part.start - first, part.stop - first)
+    descend_columns(
+        gradient[part], missing, scale[group], zero[group], H[part, part], levels, q[part], delta[to], refit
+    )
 
 
 def _descend_columns_torch(
@@ -533,9 +594,12 @@ def _descend_columns_torch(
 @_jit
 def _descend_kernel(  # type: ignore[no-untyped-def]
     gradient, missing, q, delta, scale, zero, H, columns, out, gradient_stride, missing_stride, q_stride,
-    delta_stride, H_stride, levels, MISSING: tl.constexpr, REFIT: tl.constexpr, HALF: tl.constexpr,
-    BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    delta_stride, H_stride, gradient_at, q_at, delta_at, scale_at, zero_at, H_at, levels, MISSING: tl.constexpr,
+    REFIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
+    gradient, q, delta, H = gradient + gradient_at, q + q_at, delta + delta_at, H + H_at
+    scale, zero = scale + scale_at, zero + zero_at
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
@@ -611,15 +675,22 @@ def _descend_columns_triton(
     q: Tensor,
     delta: Tensor,
     refit: tuple[torch.dtype, ...] | None,
+    within: tuple[slice, int, int] | None = None,
 ) -> None:
-    columns, out = q.shape
+    rows, out = q.shape
+    part, first, group = (slice(0, rows), 0, 0) if within is None else within
+    start, columns = part.start, part.stop - part.start
     other = gradient if missing is None else missing
-    _contiguous_rows(gradient, other, H, q, delta, scale[None], zero[None])
+    if within is None:
+        scale, zero = scale[None], zero[None]
+    _contiguous_rows(gradient, other, H, q, delta, scale, zero)
     half, brain = _casts(refit or ())
     _launch(
         _descend_kernel, (triton.cdiv(out, ROWS),),
         gradient, other, q, delta, scale, zero, H, columns, out, gradient.stride(0), other.stride(0),
-        q.stride(0), delta.stride(0), H.stride(0), float(levels), warps=1, MISSING=missing is not None,
+        q.stride(0), delta.stride(0), H.stride(0), start * gradient.stride(0), start * q.stride(0),
+        (start - first) * delta.stride(0), group * scale.stride(0), group * zero.stride(0),
+        start * (H.stride(0) + 1), float(levels), warps=1, MISSING=missing is not None,
         REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS,
     )  # fmt: skip
 
