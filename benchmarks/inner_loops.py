@@ -170,8 +170,8 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def choose() -> object:
         return awq_search.choose_scales(W, H, factor, rows, width, spec, effort)
 
-    # Compensation and one product with H for 256 rows and each candidate.
-    floor = 3.0 * 256 * len(awq_search.EXPONENTS) * width**2 / rates["tf32"]
+    # Compensation and one product with H for the sampled rows and each candidate.
+    floor = 3.0 * awq_search.ROWS * len(awq_search.EXPONENTS) * width**2 / rates["tf32"]
     row(f"AWQ's scales for {label}", timed(choose, 2), floor)
 
     descended, refitted = descend(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from folds import Fold
-from lanes import Lanes, Mark
+from lanes import Beside, Lanes, Mark
 from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
 
 CPU = torch.device("cpu")
@@ -48,6 +48,31 @@ def test_lanes_wait_for_what_they_need(device: torch.device) -> None:
             pause()
             z.copy_(y)
     assert z.tolist() == [20] * 1000
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_beside_waits_for_the_caller_who_waits_where_he_joins(device: torch.device) -> None:
+    def pause() -> None:
+        if device.type == "cuda":
+            torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
+
+    x, y = (torch.zeros(1000, device=device) for _ in range(2))
+    with Beside(device) as beside:
+        pause()
+        x.fill_(1)
+        with beside.stream():
+            x.add_(1)
+            pause()
+            y.copy_(x)
+        beside.join()
+        assert y.tolist() == [2] * 1000
+        with beside.stream(worthwhile=False):  # in the caller's order
+            y.add_(1)
+        assert y.tolist() == [3] * 1000
+        with beside.stream():
+            pause()
+            x.copy_(y)
+    assert x.tolist() == [3] * 1000
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,7 @@ import dense
 import grid
 import loops
 from grid import Grid, GridSpec, SearchEffort
+from lanes import Beside
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -110,6 +112,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(dense, "_tf32_", emulated)
         monkeypatch.setattr(dense, "DEPTH", 100)
     monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(dense, "WIDE", 200)
     monkeypatch.setattr(dense, "LEAF", 32)
     return kind
 
@@ -193,11 +196,107 @@ def test_split_kernel() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_split_fourfold(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    x = on_device(weights(7, 1300))[0][:, 5:1200]
+    high, low = loops.split(x)
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    out = torch.full((9, 4 * 1195), torch.nan, device=DEVICE)
+    loops.split_fourfold(x, out[1:8])
+    assert torch.equal(out[1:8], torch.cat((high, low, high, high), 1))
+    assert bool(out[[0, 8]].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (128, 64)])
+def test_transposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """There and back, in any order; the kernel on a GPU as PyTorch without one."""
+    generator = torch.Generator().manual_seed(0)
+    (wide,) = on_device(torch.randint(0, 256, (shape[0], shape[1] + 3), generator=generator).to(dtype))
+    x = wide[:, 2 : 2 + shape[1]]
+    (order,) = on_device(torch.randperm(shape[1], generator=generator))
+    assert torch.equal(loops.transposed(x), x.T)
+    turned = loops.transposed(x, order)
+    assert torch.equal(turned, x.T[order])
+    back = loops.transposed_back(turned, order)
+    assert torch.equal(back, x)
+    assert turned.is_contiguous()
+    assert back.is_contiguous()
+
+
+@_kernel_test
+@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (128, 64)])
+def test_transposition_kernel(shape: tuple[int, int]) -> None:
+    x, order = on_device(weights(*shape), torch.randperm(shape[1]))
+    inverse = torch.argsort(order)
+    y = x.new_empty(shape[::-1])
+    assert torch.equal(loops._transpose_triton(x, y), x.T)
+    assert torch.equal(loops._transpose_triton(x, y, to=inverse), x.T[order])
+    assert torch.equal(loops._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("n", [1, 2, 33, 1100])
+def test_whole_matrices_in_place(n: int, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    monkeypatch.setattr(loops, "STRIP", 32)
+    H, scale, order = on_device(weights(n, n), weights(n).exp(), torch.randperm(n))
+    for dtype in (torch.float32, torch.float64):
+        out = torch.full((n, n), torch.nan, dtype=dtype, device=DEVICE)
+        loops.permute(H, order, out)
+        assert torch.equal(out, H[order][:, order].to(dtype))
+    expected = H.flip(0, 1), H / (scale[:, None] * scale)
+    turned = H.clone()
+    loops.turn_(turned)
+    assert torch.equal(turned, expected[0])
+    loops.divide_(H, scale)
+    assert torch.equal(H, expected[1])
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
-def test_factorization_on_the_gpu() -> None:
+def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With triangles factored on a stream of their own as without, to the last bit."""
+    H = second_moment(1500).float().to(DEVICE)
+    monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(dense, "WIDE", 256)
+    monkeypatch.setattr(dense, "WHOLE", 0)
+    beside, found = Beside.stream, []
+    for stream in (lambda self, worthwhile: nullcontext(), beside, beside, beside):
+        monkeypatch.setattr(Beside, "stream", stream)
+        A = H.clone()
+        failed, inverses = dense.cholesky_(A)
+        torch.randn(2048, 2048, device=DEVICE) @ torch.randn(2048, 2048, device=DEVICE)
+        found.append((failed, A, *inverses))
+    for each in found[1:]:
+        assert all(map(torch.equal, each, found[0]))
+
+
+@pytest.mark.parametrize("n", [1, 100, 128, 129, 600])
+def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "PANEL", 128)
+    H = second_moment(n)
+    truth = torch.linalg.cholesky(H)
+    A = H.clone()
+    failed, inverses = dense._by_the_library_(A)
+    assert not bool(failed)
+    torch.testing.assert_close(A, truth, rtol=0, atol=1e-12)
+    for block, inverse in zip(diagonal_blocks(truth, inverses), inverses, strict=True):
+        assert torch.equal(inverse, inverse.tril())
+        torch.testing.assert_close(block @ inverse, torch.eye(len(block), dtype=H.dtype), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [0, 4096])
+def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large enough for the tensor cores, where they are taken."""
     n = 3000
+    monkeypatch.setattr(dense, "WHOLE", whole)
     H = second_moment(n)
     L = H.float().to(DEVICE)
     failed, inverses = dense.cholesky_(L)
@@ -256,6 +355,46 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     assert float(same.float().mean()) > 0.9
     torch.testing.assert_close(work[:, same], twin[:, same], atol=0, rtol=0)
     torch.testing.assert_close(errors[:, same], errors_twin[:, same], atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    width, out, part, first = 96, 21, slice(32, 64), 16
+    R = upper_factor(width).contiguous()
+    W, R, H = on_device(weights(width, out), R, second_moment(width).float())
+    scale, zero, group = on_device(*grids(width, out, 3, 15))
+    works = W.clone(), W.clone()
+    qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    errors = [torch.zeros_like(W) for _ in range(2)]
+    loops.compensate_part(part, works[0], scale, zero, group, R, 15, qs[0], errors[0])
+    loops.compensate_columns(
+        works[1][part], scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part]
+    )
+    for pair in (works, qs, errors):
+        assert torch.equal(*pair)
+    assert not torch.equal(works[0], W)
+    q = qs[0].clamp(max=15)
+    gradient, missing = H @ (W - works[0]), torch.zeros(32, out, device=DEVICE)
+    qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
+    changes = [torch.zeros(width - first, out, device=DEVICE) for _ in range(2)]
+    loops.descend_part(part, first, 1, gradient, missing, scales[0], zero, H, 15, qs[0], changes[0], HALVES)
+    loops.descend_columns(
+        gradient[part],
+        missing,
+        scales[1][1],
+        zero[1],
+        H[part, part],
+        15,
+        qs[1][part],
+        changes[1][16:48],
+        HALVES,
+    )
+    for pair in (qs, scales, changes):
+        assert torch.equal(*pair)
+    assert not torch.equal(qs[0], q)
 
 
 class Piece:

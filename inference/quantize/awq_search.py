@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 import loops
-from gptq_solver import STRIP, Factor, compensate
+from gptq_solver import Factor, compensate
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-ROWS = 256  # rows of the weights that candidates are judged on
+ROWS = 128  # rows of the weights that candidates are judged on
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ..
     used = count > 0
     rms = (power / count.clamp(min=1)).sqrt()
     floor = rms.sum() / used.sum() * 1e-4 + 1e-20  # no power, no part in the sum
-    scale = torch.stack([rms.clamp(min=floor).pow(exponent) for exponent in exponents])
+    rms = rms.clamp(min=floor)
+    scale = torch.stack([rms.pow(exponent) for exponent in exponents])
     largest = torch.where(used, scale, 0.0).amax(1, keepdim=True)
     smallest = torch.where(used, scale, torch.inf).amin(1, keepdim=True)
     return torch.where(used, scale / (largest * smallest).sqrt(), 1.0)
@@ -83,10 +84,12 @@ def choose_scales(
     blocks = plain / (part * part if plain.shape[1] == 1 else part.mT * part)
     grid = search_grid(wide, blocks.flatten(0, 1), spec, effort)
     steps, zeros = (
-        each.reshape(out, count, -1).transpose(0, 1).repeat_interleave(size, 2)
-        for each in (grid.scale, grid.zero)
+        each.reshape(out, count, -1, 1).transpose(0, 1).contiguous() for each in (grid.scale, grid.zero)
     )
-    every = Grid((steps / channels.unsqueeze(1)).flatten(0, 1), zeros.flatten(0, 1))
+    every = Grid(
+        (steps / channels.reshape(count, 1, -1, size)).reshape(count * out, width),
+        zeros.expand(-1, -1, -1, size).reshape(count * out, width),
+    )
     del wide, blocks, steps, zeros
     stacked = sample.repeat(count, 1)
     q = compensate(stacked, every, replace(spec, group_size=1), factor)
@@ -101,9 +104,7 @@ def scale_(H: Tensor, factor: Factor, scale: Tensor) -> None:
 
     No new Cholesky: the factor of `S^-1 H S^-1` is that of `H` with its rows over the scale.
     """
-    for start in range(0, H.shape[0], STRIP):
-        part = slice(start, start + STRIP)
-        H[part] /= scale[part, None] * scale
+    loops.divide_(H, scale)
     ordered = scale[factor.order]
     factor.U.div_(ordered[:, None])
     for span, R in factor.spans():

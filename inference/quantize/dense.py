@@ -10,12 +10,20 @@ Knows tensors only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 import loops
+from lanes import Beside
 
-PANEL = 1024  # columns of one step of Cholesky
+PANEL = 1024  # columns of a triangle on the diagonal, which the library's Cholesky takes
+WIDE = 2048  # columns that are told of a panel at a time
+ROWS = 8192  # of a panel that are worked on at a time, which bounds the memory
+WHOLE = 4096  # columns of a matrix that a GPU's library takes as it is: few kernels to start
 LEAF = 64  # a triangle that is inverted by substitution
 DEPTH = 2048  # of what is split at a time, which bounds the memory
 LARGE = 1 << 31  # multiplications of a product that is worth splitting
@@ -77,50 +85,93 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     nobody has waited for (the matrix is then worthless), and the inverses of the factor's blocks of `PANEL` on the
     diagonal. NaN may pass for a factor, and is on its diagonal.
     """
+    if A.is_cuda and A.shape[0] <= WHOLE:
+        return _by_the_library_(A)
     n = A.shape[0]
-    infos, inverses = [], []
-    for a in range(0, n, PANEL):
-        b = min(a + PANEL, n)
-        block = A[a:b, a:b]
-        L, info = torch.linalg.cholesky_ex(block)
-        infos.append(info)
-        block.copy_(L)
-        inverse = _small_inverse(L)
-        inverses.append(inverse)
-        if b == n:
-            break
-        A[a:b, b:] = 0
-        below = A[b:, a:b]
-        panel = product(below, inverse.T)
-        below.copy_(panel)
-        parts = loops.split(panel) if _threefold(panel, inverse) else (panel,)
-        del panel
-        for c in range(b, n, PANEL):
-            d = min(c + PANEL, n)
-            rows, turned = (tuple(p[c - b :] for p in parts), tuple(p[c - b : d - b].T for p in parts))
-            _multiply_(A[c:, c:d], rows, turned, -1.0, 1.0)
-    return torch.stack(infos).ne(0).any(), inverses
+    inverses: list[Tensor] = []
+    infos = torch.zeros(-(-n // PANEL), dtype=torch.int32, device=A.device)
+    eye = torch.eye(min(n, PANEL), dtype=A.dtype, device=A.device)
+    later: list[Callable[[], None]] = []  # updates of columns that the next panel does not wait for
+    with Beside(A.device) as beside:
+        for a in range(0, n, PANEL):
+            b = min(a + PANEL, n)
+            block = A[a:b, a:b]
+            inverse = torch.empty_like(block, memory_format=torch.contiguous_format)
+            inverses.append(inverse)
+            # Few of a GPU's processors work on this; the others go on with what the panel before left to do.
+            with beside.stream(bool(later)):
+                L, info = torch.linalg.cholesky_ex(block)
+                infos[a // PANEL].copy_(info)
+                block.copy_(L)
+                inverse.copy_(torch.linalg.solve_triangular(L, eye[: b - a, : b - a], upper=False))
+                del L, info
+            while later:
+                later.pop(0)()
+            beside.join()
+            if b == n:
+                break
+            A[a:b, b:] = 0
+            parts = A.new_empty(n - b, 4 * (b - a)) if _threefold(A[b:, a:b], inverse) else None
+            for r in range(b, n, ROWS):
+                below = A[r : min(r + ROWS, n), a:b]
+                panel = product(below, inverse.T)
+                below.copy_(panel)
+                if parts is not None:
+                    loops.split_fourfold(panel, parts[r - b : r - b + len(panel)])
+                del panel
+            # The columns of the next panel alone, then as many at a time as a product does well with.
+            edges = [b, min(b + PANEL, n), *range(min(b + PANEL, n) + WIDE, n, WIDE), n]
+            later = [partial(_update_, A, parts, a, b, c, d) for c, d in pairwise(edges) if c < d]
+            del parts
+            later.pop(0)()
+    return infos.ne(0).any(), inverses
 
 
-def _small_inverse(L: Tensor) -> Tensor:
-    """The inverse of a lower triangle (n, n) that is not large: leaves by substitution, all at once, then doubling.
+def _update_(A: Tensor, parts: Tensor | None, a: int, b: int, c: int, d: int) -> None:
+    """Takes what the factor's columns from `a` to `b` explain from those from `c` to `d`, on and below the diagonal.
 
-    Each step is a few products over all pairs of blocks: on a GPU what counts is how many kernels are started.
+    parts: of those columns in the rows from `b` on, as `split_fourfold` lays them out; None: as `A` holds them.
+    """
+    out = A[c:, c:d]
+    if parts is None:
+        out.addmm_(A[c:, a:b], A[c:d, a:b].T, alpha=-1.0)
+        return
+    # low high + high low + high high, in one product: the small ones first, while the sum is small too.
+    depth = b - a
+    with loops.tensor_cores():
+        _tf32_(out, parts[c - b :, depth:], parts[c - b : d - b, : 3 * depth].T, -1.0, 1.0)
+
+
+def _by_the_library_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
+    L, info = torch.linalg.cholesky_ex(A)
+    A.copy_(L)
+    X = _inverses(L, PANEL)
+    starts = range(0, len(X), PANEL)
+    return info.ne(0), [X[a : a + PANEL, a : a + PANEL] for a in starts]
+
+
+def _inverses(L: Tensor, largest: int) -> Tensor:
+    """The inverses of the blocks of `largest` on the diagonal of a lower triangle (n, n), each in its place; one for
+    all where `n` is less. What lies beside the blocks means nothing.
+
+    Leaves by substitution, all at once, then doubling: each step is a few products over all pairs of blocks, since on a
+    GPU what counts is how many kernels are started.
     """
     n = L.shape[0]
-    full = LEAF
-    while full < n:
-        full *= 2
+    block = LEAF
+    while block < min(n, largest):
+        block *= 2
+    full = -(-n // block) * block
     X = torch.eye(full, dtype=L.dtype, device=L.device)
     X[:n, :n] = L
     leaves = _on_diagonal(X, LEAF)
     eye = torch.eye(LEAF, dtype=L.dtype, device=L.device).expand_as(leaves)
     leaves.copy_(torch.linalg.solve_triangular(leaves, eye, upper=False))
     size = LEAF
-    while size < full:
+    while size < block:
         pairs = _on_diagonal(X, 2 * size)
         corners, first, second = pairs[:, size:, :size], pairs[:, :size, :size], pairs[:, size:, size:]
-        corners.copy_(second @ torch.baddbmm(corners, corners, first, beta=0, alpha=-1))
+        torch.bmm(second, torch.baddbmm(corners, corners, first, beta=0, alpha=-1), out=corners)
         size *= 2
     return X[:n, :n]
 

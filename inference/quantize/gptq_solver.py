@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from grid import Grid, GridSpec, dequantize
 OUTLIER = 10.0  # times the median of the diagonal
 COLUMNS = 128  # columns of one piece of the blocked recursion
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
-STRIP = 1024  # rows of a large matrix that are moved at a time
 
 
 class NotFactorizable(ArithmeticError):
@@ -79,8 +77,8 @@ class Factorization:
     """The factor of `H` (in, in) on its way: begun at once, asked for with `finish`; a GPU is not waited for before.
 
     `H` is left damped, in place, by as much as it took: the damping is raised tenfold at a time where Cholesky fails,
-    float64 is tried before that. Beside `H` and the factor it needs a quarter of `H` more, of a small `H` as much
-    again.
+    float64 is tried before that. Beside `H` and the factor it needs a third of `H` more, of a small `H` twice as
+    much.
     """
 
     def __init__(self, H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> None:
@@ -144,9 +142,7 @@ def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, lis
     """
     width = H.shape[0]
     A = torch.empty(width, width, dtype=dtype, device=H.device)
-    strips = [(i, min(i + STRIP, width)) for i in range(0, width, STRIP)]
-    for a, b in strips:
-        A[a:b] = H[reverse[a:b]][:, reverse]
+    loops.permute(H, reverse, A)
     failed, inverses = dense.cholesky_(A)
     if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
         return A, inverses, failed
@@ -154,15 +150,7 @@ def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, lis
     failed = failed | ~torch.isfinite(diagonals).all()
     U = A.to(torch.float32)
     del A
-    # Both dimensions turned round, a strip and its mirror image at a time.
-    for a, b in strips:
-        if a >= width - b:
-            middle = U[a : width - a].flip(0, 1)
-            U[a : width - a] = middle
-            break
-        upper = U[a:b].flip(0, 1)
-        U[a:b] = U[width - b : width - a].flip(0, 1)
-        U[width - b : width - a] = upper
+    loops.turn_(U)
     return U, [inverse.to(torch.float32).flip(0, 1) for inverse in reversed(inverses)], failed
 
 
@@ -175,7 +163,9 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     out, width = W.shape
     order, U = factor.order, factor.U
     group = torch.div(order, spec.group_size, rounding_mode="floor")
-    lost = W.T[order].contiguous()  # (in, out), a column of W a contiguous row: W, and what is done of W - V
+    lost = loops.transposed(
+        W, order
+    )  # (in, out), a column of W a contiguous row: W, and what is done of W - V
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
     first = len(factor.inverses[0])
@@ -188,26 +178,20 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
         if span.stop < width:
             lost[span] -= work
             told[span.stop - first :].addmm_(U[span, span.stop :].T, lost[span], beta=float(span.start > 0))
-    result = torch.empty_like(q)
-    result[order] = q
-    return result.T.contiguous()
+    return loops.transposed_back(q, order)
 
 
 def _compensate_span(
     work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
 ) -> None:
     """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
-    errors = torch.empty_like(work)
-    pieces = (torch.split(each, COLUMNS) for each in (work, group, q, errors))
-    start = 0
-    for part, its_group, its_q, its_errors in zip(*pieces, strict=True):
-        stop = start + len(part)
+    errors, turned, columns = torch.empty_like(work), R.T, len(work)
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
         if start:
             # What the earlier pieces left, all at once.
-            part.addmm_(R[:start, start:stop].T, errors[:start], alpha=-1.0)
-        block = R[start:stop, start:stop]
-        loops.compensate_columns(part, scale, zero, its_group, block, levels, its_q, its_errors)
-        start = stop
+            work[start:stop].addmm_(turned[start:stop, :start], errors[:start], alpha=-1.0)
+        loops.compensate_part(slice(start, stop), work, scale, zero, group, R, levels, q, errors)
 
 
 @loops.tensor_cores()
@@ -223,36 +207,40 @@ def descend(
     size = spec.group_size
     gradient = H @ (W - dequantize(q, grid, size)).T  # (in, out)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
-    integers = q.T.contiguous()
+    integers = loops.transposed(q)
     dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
     spans = _spans(width, size)
     changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
     missing = torch.empty(min(COLUMNS, size), W.shape[0], device=W.device)
 
-    def views(part: slice, first: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
-        start, stop, index = part.start, part.stop, part.start // size
-        late = missing[: stop - start] if start > first else None
-        arguments = (
-            gradient[part], late, scale[index], zero[index], H[part, part], spec.levels, integers[part],
-            changes[start - first : stop - first], dtypes,
-        )  # fmt: skip
-        return H[part, first:start], changes[: start - first], late, arguments
+    def views(part: slice, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        start, stop = part.start, part.stop
+        return (
+            (H[part, first:start], changes[: start - first], missing[: stop - start])
+            if start > first
+            else None
+        )
 
     # Taken once for all sweeps: a kernel hardly runs longer than it takes to cut out what it works on.
-    pieces = [[views(part, span[0].start) for part in span] for span in spans]
+    pieces = [[(part, views(part, span[0].start)) for part in span] for span in spans]
     for sweep in range(sweeps):
         for span, parts in zip(spans, pieces, strict=True):
             first, last = span[0].start, span[-1].stop
-            for coupling, made, late, arguments in parts:
-                if late is not None:
+            for part, before in parts:
+                late = None
+                if before is not None:
                     # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
+                    coupling, made, late = before
                     torch.mm(coupling, made, out=late)
-                loops.descend_columns(*arguments)
+                loops.descend_part(
+                    part, first, part.start // size, gradient, late, scale, zero, H, spec.levels, integers,
+                    changes, dtypes,
+                )  # fmt: skip
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:
                 gradient[rest].addmm_(H[rest, first:last], changes[: last - first], alpha=-1.0)
-    return integers.T.contiguous(), Grid(scale.T.contiguous(), zero.T.contiguous())
+    return loops.transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
 
 
 def _spans(width: int, size: int) -> list[list[slice]]:

@@ -65,8 +65,8 @@ def round_to_nearest(W: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
 
 def dequantize(q: Tensor, grid: Grid, group_size: int) -> Tensor:
     """`(q - z) * s` in float32 (out, in)."""
-    scale, zero = expand(grid, group_size)
-    return (q.to(torch.float32) - zero) * scale
+    steps = q.reshape(len(q), -1, group_size) - grid.zero.unsqueeze(2)
+    return steps.mul_(grid.scale.unsqueeze(2)).reshape(q.shape)
 
 
 def minmax_grid(W: Tensor, spec: GridSpec) -> Grid:

@@ -60,6 +60,48 @@ class Lanes:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
+class Beside:
+    """One more stream, beside the current one of a GPU, for what its caller need not wait for at once.
+
+    A context manager: at its end the caller's stream waits for the other. Memory that is taken inside `stream` must be
+    used there alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = _beside(device, torch.cuda.current_stream(device).cuda_stream)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.join()
+
+    @contextmanager
+    def stream(self, worthwhile: bool = True) -> Iterator[None]:
+        """What is begun inside runs behind all that the caller's stream has been given; if not `worthwhile`, on it."""
+        if self._stream is None or not worthwhile:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The caller's stream goes on after the other."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+@lru_cache(maxsize=64)
+def _beside(device: torch.device, stream: int) -> Any:
+    """Always the same one beside a stream: it keeps memory for its own next use."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @lru_cache(maxsize=8)
 def _streams(device: torch.device, count: int) -> tuple[Any, ...]:
     return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call]

@@ -42,12 +42,20 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **consta
     """`kernel[grid](*args, num_warps=warps, **constants)`, `constants` in the order of the signature.
 
     Triton asks anew at each launch what its arguments are like, which takes longer than many of these kernels do. What
-    it would find is known from what stands in the key; it compiles for nothing else.
+    it would find is known from what stands in the key; it compiles for nothing else. Of a number that is whole, it asks
+    whether it is one, a multiple of 16, and how wide.
     """
     if not _launches_compiled() or not hasattr(kernel, "arg_names"):  # the interpreter's has none
         kernel[grid](*args, num_warps=warps, **constants)
         return
-    kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args]
+    kinds = [
+        (a.dtype, a.data_ptr() % 16 == 0)
+        if isinstance(a, Tensor)
+        else (a == 1, a % 16 == 0, a >= 1 << 31)
+        if isinstance(a, int)
+        else None
+        for a in args
+    ]
     key = (kernel, args[0].device, warps, *kinds, *constants.values())
     compiled = _COMPILED.get(key)
     if compiled is None:
@@ -99,6 +107,21 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, low
 
 
+def split_fourfold(x: Tensor, out: Tensor) -> None:
+    """`out` (m, 4 n) becomes `[high, low, high, high]` of what `split` makes of `x` (m, n).
+
+    The products of the parts that count, low high + high low + high high, are then one product: of the last three
+    quarters with the first three.
+    """
+    n = x.shape[1]
+    if on_triton(x) and x.stride(1) == 1 and out.stride(1) == 1:
+        grid = (x.shape[0], triton.cdiv(n, 1024))
+        _launch(_fourfold_kernel, grid, x, out, n, x.stride(0), out.stride(0), warps=4, N=1024)
+        return
+    _split_torch(x, out[:, :n], out[:, n : 2 * n])
+    out[:, 2 * n :] = out[:, :n].repeat(1, 2)
+
+
 def _split_torch(x: Tensor, high: Tensor, low: Tensor) -> None:
     bits = high.view(torch.int32)
     torch.add(x.view(torch.int32), 0x1000, out=bits)
@@ -123,10 +146,157 @@ def _split_kernel(x, high, low, columns, x_stride, stride, N: tl.constexpr):  # 
     tl.store(low + row * stride + column, value - kept, mask=inside)
 
 
+@_jit
+def _fourfold_kernel(x, out, columns, x_stride, stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < columns
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    kept = _tf32(value)
+    to = out + row * stride + column
+    tl.store(to, kept, mask=inside)
+    tl.store(to + columns, value - kept, mask=inside)
+    tl.store(to + 2 * columns, kept, mask=inside)
+    tl.store(to + 3 * columns, kept, mask=inside)
+
+
 def _split_triton(x: Tensor, high: Tensor, low: Tensor) -> None:
     rows, columns = x.shape
     grid = (rows, triton.cdiv(columns, 1024))
     _launch(_split_kernel, grid, x, high, low, columns, x.stride(0), high.stride(0), warps=4, N=1024)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Matrices in another order, and divided: each number is read once and written once.
+
+STRIP = 1024  # rows of a large matrix that are moved at a time, where no kernel does
+
+
+def transposed(x: Tensor, order: Tensor | None = None) -> Tensor:
+    """`x.T`, its rows in `order` (a permutation, int64) where it is given; contiguous."""
+    if not on_triton(x) or x.stride(1) != 1:
+        return x.T.contiguous() if order is None else x.T[order].contiguous()
+    return _transpose_triton(x, x.new_empty(x.shape[1], x.shape[0]), to=_inverse(order))
+
+
+def transposed_back(y: Tensor, order: Tensor) -> Tensor:
+    """The `x` of which `y` is `transposed(x, order)`; contiguous."""
+    if not on_triton(y) or y.stride(1) != 1:
+        restored = torch.empty_like(y)
+        restored[order] = y
+        return restored.T.contiguous()
+    return _transpose_triton(y, y.new_empty(y.shape[1], y.shape[0]), taken=_inverse(order))
+
+
+def _inverse(order: Tensor | None) -> Tensor | None:
+    if order is None:
+        return None
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@_jit
+def _transpose_kernel(  # type: ignore[no-untyped-def]
+    x, y, index, rows, columns, x_stride, y_stride, TAKEN: tl.constexpr, TO: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    column = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    inside, within = row < rows, column < columns
+    source, target = row, column
+    if TAKEN:
+        source = tl.load(index + row, mask=inside, other=0)
+    if TO:
+        target = tl.load(index + column, mask=within, other=0)
+    tile = tl.load(x + source[:, None] * x_stride + column[None, :], mask=inside[:, None] & within[None, :])
+    tl.store(
+        y + target[:, None] * y_stride + row[None, :], tl.trans(tile), mask=within[:, None] & inside[None, :]
+    )
+
+
+def _transpose_triton(x: Tensor, y: Tensor, taken: Tensor | None = None, to: Tensor | None = None) -> Tensor:
+    """`y[to] = x[taken].T`; either is a permutation, or as it is."""
+    index = taken if taken is not None else to
+    _launch(
+        _transpose_kernel, (triton.cdiv(x.shape[0], 64), triton.cdiv(x.shape[1], 64)),
+        x, y, x if index is None else index, *x.shape, x.stride(0), y.stride(0), warps=4,
+        TAKEN=taken is not None, TO=to is not None, N=64,
+    )  # fmt: skip
+    return y
+
+
+def permute(H: Tensor, order: Tensor, out: Tensor) -> None:
+    """`out <- H[order][:, order]`, (n, n), `out` of any dtype."""
+    if on_triton(H) and H.stride(1) == 1 and out.stride(1) == 1:
+        n = len(order)
+        _launch(_permute_kernel, (n,), H, out, order, n, H.stride(0), out.stride(0), warps=16, N=2048)
+        return
+    for start in range(0, len(order), STRIP):
+        part = slice(start, start + STRIP)
+        out[part] = H[order[part]][:, order]
+
+
+@_jit
+def _permute_kernel(x, y, order, n, x_stride, y_stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    x += tl.load(order + row) * x_stride
+    y += row * y_stride
+    # One program has the whole row, so that what it takes in disorder lies in its cache.
+    for start in range(0, n, N):
+        column = start + tl.arange(0, N)
+        inside = column < n
+        source = tl.load(order + column, mask=inside, other=0)
+        value = tl.load(x + source, mask=inside, other=0.0)
+        tl.store(y + column, value.to(y.dtype.element_ty), mask=inside)
+
+
+def turn_(A: Tensor) -> None:
+    """`A <- A.flip(0, 1)`, (n, n), in place."""
+    n = A.shape[0]
+    if on_triton(A) and A.is_contiguous():
+        half = (n * n + 1) // 2
+        _launch(_turn_kernel, (triton.cdiv(half, 1024),), A, half, n * n, warps=4, N=1024)
+        return
+    # A strip and its mirror image at a time.
+    for a in range(0, n, STRIP):
+        b = min(a + STRIP, n)
+        if a >= n - b:
+            middle = A[a : n - a].flip(0, 1)
+            A[a : n - a] = middle
+            break
+        upper = A[a:b].flip(0, 1)
+        A[a:b] = A[n - b : n - a].flip(0, 1)
+        A[n - b : n - a] = upper
+
+
+@_jit
+def _turn_kernel(A, half, count, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Turned round in both dimensions is turned round as a row of numbers.
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    inside = at < half
+    first = tl.load(A + at, mask=inside)
+    last = tl.load(A + (count - 1 - at), mask=inside)
+    tl.store(A + at, last, mask=inside)
+    tl.store(A + (count - 1 - at), first, mask=inside)
+
+
+def divide_(H: Tensor, scale: Tensor) -> None:
+    """`H_ij <- H_ij / (scale_i scale_j)`, (n, n), in place."""
+    if on_triton(H) and H.stride(1) == 1:
+        n = H.shape[0]
+        _launch(_divide_kernel, (n, triton.cdiv(n, 1024)), H, scale, n, H.stride(0), warps=4, N=1024)
+        return
+    for start in range(0, H.shape[0], STRIP):
+        part = slice(start, start + STRIP)
+        H[part] /= scale[part, None] * scale
+
+
+@_jit
+def _divide_kernel(H, scale, n, stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < n
+    value = tl.load(H + row * stride + column, mask=inside, other=0.0)
+    by = tl.load(scale + row) * tl.load(scale + column, mask=inside, other=1.0)
+    tl.store(H + row * stride + column, tl.div_rn(value, by), mask=inside)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -202,6 +372,24 @@ def compensate_columns(
     run(work, scale, zero, group, R, levels, q, errors)
 
 
+def compensate_part(
+    part: slice,
+    work: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group: Tensor,
+    R: Tensor,
+    levels: int,
+    q: Tensor,
+    errors: Tensor,
+) -> None:
+    """`compensate_columns` of the columns `part` of matrices with more: cutting them out takes as long as a kernel."""
+    if on_triton(work):
+        _compensate_columns_triton(work, scale, zero, group, R, levels, q, errors, part)
+        return
+    compensate_columns(work[part], scale, zero, group[part], R[part, part], levels, q[part], errors[part])
+
+
 def _compensate_columns_torch(
     work: Tensor,
     scale: Tensor,
@@ -238,8 +426,10 @@ def _compensate_columns_torch(
 @_jit
 def _compensate_kernel(  # type: ignore[no-untyped-def]
     work, errors, q, scale, zero, group, R, columns, out, work_stride, errors_stride, q_stride, scale_stride,
-    zero_stride, R_stride, levels, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    zero_stride, R_stride, work_at, errors_at, q_at, group_at, R_at, levels, C: tl.constexpr, S: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
+    work, errors, q, group, R = work + work_at, errors + errors_at, q + q_at, group + group_at, R + R_at
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
@@ -289,13 +479,17 @@ def _compensate_columns_triton(
     levels: int,
     q: Tensor,
     errors: Tensor,
+    part: slice | None = None,
 ) -> None:
-    columns, out = work.shape
+    rows, out = work.shape
+    start, stop = (0, rows) if part is None else (part.start, part.stop)
+    columns = stop - start
     _contiguous_rows(work, scale, zero, R, q, errors)
+    strides = work.stride(0), errors.stride(0), q.stride(0)
     _launch(
         _compensate_kernel, (triton.cdiv(out, ROWS),),
-        work, errors, q, scale, zero, group.contiguous(), R, columns, out, work.stride(0), errors.stride(0),
-        q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels),
+        work, errors, q, scale, zero, group.contiguous(), R, columns, out, *strides, scale.stride(0),
+        zero.stride(0), R.stride(0), *(start * stride for stride in (*strides, 1, R.stride(0) + 1)), float(levels),
         warps=1, C=_padded(columns), S=SUB, B=ROWS,
     )  # fmt: skip
 
@@ -324,6 +518,35 @@ def descend_columns(
     """
     run = _descend_columns_triton if on_triton(gradient) else _descend_columns_torch
     run(gradient, missing, scale, zero, H, levels, q, delta, refit)
+
+
+def descend_part(
+    part: slice,
+    first: int,
+    group: int,
+    gradient: Tensor,
+    missing: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
+) -> None:
+    """`descend_columns` of the columns `part` of matrices with more: cutting them out takes as long as a kernel.
+
+    scale, zero: (groups, out), of which row `group` is meant; `delta` begins with column `first`.
+    """
+    if on_triton(gradient):
+        _descend_columns_triton(
+            gradient, missing, scale, zero, H, levels, q, delta, refit, (part, first, group)
+        )
+        return
+    to = slice(part.start - first, part.stop - first)
+    descend_columns(
+        gradient[part], missing, scale[group], zero[group], H[part, part], levels, q[part], delta[to], refit
+    )
 
 
 def _descend_columns_torch(
@@ -371,9 +594,12 @@ def _descend_columns_torch(
 @_jit
 def _descend_kernel(  # type: ignore[no-untyped-def]
     gradient, missing, q, delta, scale, zero, H, columns, out, gradient_stride, missing_stride, q_stride,
-    delta_stride, H_stride, levels, MISSING: tl.constexpr, REFIT: tl.constexpr, HALF: tl.constexpr,
-    BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    delta_stride, H_stride, gradient_at, q_at, delta_at, scale_at, zero_at, H_at, levels, MISSING: tl.constexpr,
+    REFIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
+    gradient, q, delta, H = gradient + gradient_at, q + q_at, delta + delta_at, H + H_at
+    scale, zero = scale + scale_at, zero + zero_at
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
@@ -449,15 +675,22 @@ def _descend_columns_triton(
     q: Tensor,
     delta: Tensor,
     refit: tuple[torch.dtype, ...] | None,
+    within: tuple[slice, int, int] | None = None,
 ) -> None:
-    columns, out = q.shape
+    rows, out = q.shape
+    part, first, group = (slice(0, rows), 0, 0) if within is None else within
+    start, columns = part.start, part.stop - part.start
     other = gradient if missing is None else missing
-    _contiguous_rows(gradient, other, H, q, delta, scale[None], zero[None])
+    if within is None:
+        scale, zero = scale[None], zero[None]
+    _contiguous_rows(gradient, other, H, q, delta, scale, zero)
     half, brain = _casts(refit or ())
     _launch(
         _descend_kernel, (triton.cdiv(out, ROWS),),
         gradient, other, q, delta, scale, zero, H, columns, out, gradient.stride(0), other.stride(0),
-        q.stride(0), delta.stride(0), H.stride(0), float(levels), warps=1, MISSING=missing is not None,
+        q.stride(0), delta.stride(0), H.stride(0), start * gradient.stride(0), start * q.stride(0),
+        (start - first) * delta.stride(0), group * scale.stride(0), group * zero.stride(0),
+        start * (H.stride(0) + 1), float(levels), warps=1, MISSING=missing is not None,
         REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS,
     )  # fmt: skip
 
