@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "q
 
 import capture
 import solve
+import tune
 from calibration import load_windows
 from config import CalibrationConfig
 from folds import find_folds
@@ -80,15 +81,18 @@ def variants() -> list[Variant]:
             gptq("GPTQ default, damping 0.01", DEFAULT, damping=0.01),
             gptq("GPTQ default, damping 0.03", DEFAULT, damping=0.03),
             gptq("GPTQ default, damping 0.3", DEFAULT, damping=0.3),
-            gptq("GPTQ with the search and sweeps of best", replace(BEST, follow=False)),
+            gptq("GPTQ with the search and sweeps of best", replace(BEST, follow=0.0, tune=0)),
             gptq("GPTQ default, following at 0.5", FOLLOWED, aim=0.5),
             gptq("GPTQ default, following", FOLLOWED),
             gptq("GPTQ default, following at 1", FOLLOWED, aim=1.0),
             gptq("GPTQ default, following, damping 0.03", FOLLOWED, damping=0.03),
             gptq("GPTQ default, following, damping 0.01", FOLLOWED, damping=0.01),
-            gptq("GPTQ best", BEST),
+            gptq("GPTQ best, not tuned", replace(BEST, tune=0)),
+            gptq("GPTQ best, tuned", BEST),
         ]
-    for name, effort in (("default", DEFAULT), ("default, following", FOLLOWED), ("best", BEST)):
+    efforts = {"default": DEFAULT, "default, following": FOLLOWED}
+    efforts |= {"best, not tuned": replace(BEST, tune=0), "best, tuned": BEST}
+    for name, effort in efforts.items():
         rows.append(Variant(f"AWQ {name}, asymmetric", True, False, effort, damping=0.05))
     rows.append(Variant("AWQ default, damping 0.1, asymmetric", True, False, DEFAULT))
     return rows
@@ -150,8 +154,12 @@ def run(
 
             follower = onward if isinstance(onward, Follower) else None
             with onward:
-                for _ in solve_block(block, name, groups, moments, folds, options, BlockChanges(), follower):
-                    pass
+                args = (block, name, groups, moments, folds, options, BlockChanges(), follower)
+                solved = list(solve_block(*args))
+                if options.effort.tune and follower is not None:
+                    follower.drop()
+                    goal = follower.goal(name, tune.windows_used(options.effort.tune, states.length))
+                    tune.tune_block(block, solved, options, states, goal, kwargs)
                 onward.advance(name)
             result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
             source.release(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,18 @@ class Runs:
 
     def _run(self, method: str, words: list[str]) -> Finished:
         import blocks
-        from solve import solve_block
 
         path = self.root / f"run-{len(self._done)}"
         weights: dict[str, Tensor] = {}
 
-        def spied(block: torch.nn.Module, name: str, *args: Any) -> Iterator[Any]:
-            for solved in solve_block(block, name, *args):
-                weight = block.get_submodule(solved.path).weight
-                assert isinstance(weight, Tensor)
-                weights[f"{name}.{solved.path}.weight"] = weight.detach().clone()
-                yield solved
+        write = blocks.write_linear
+
+        def spied(run: Any, writer: Any, name: str, solved: Any) -> None:
+            block = run.source.modules[run.source.blocks.index(name)]
+            weight = block.get_submodule(solved.path).weight
+            assert isinstance(weight, Tensor)
+            weights[f"{name}.{solved.path}.weight"] = weight.detach().clone()
+            write(run, writer, name, solved)
 
         defaults = {
             "--calib_samples": "16",
@@ -71,7 +72,7 @@ class Runs:
         }
         rest = [w for flag, value in defaults.items() if flag not in words for w in (flag, value)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "solve_block", spied)
+            patch.setattr(blocks, "write_linear", spied)
             assert MAIN[method]([*words, *rest]) == 0
         return Finished(path, method, weights)
 

@@ -56,6 +56,8 @@ COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
     ("gptq", "--bits 3 --format gptq --sym false --group_size 64", "gptq", 3, False, 64),
     ("gptq", "--bits 2 --group_size 32", "compressed-tensors", 2, True, 32),
     ("gptq", "--bits 2 --format gptq --group_size -1", "gptq", 2, True, -1),
+    ("gptq", "--bits 3 --sym false --group_size 64 --quality best", "compressed-tensors", 3, False, 64),
+    ("gptq", "--bits 2 --act_order_groups dynamic --quality best", "gptq", 2, True, 128),
     ("gptq", "--act_order_groups dynamic", "gptq", 4, True, 128),
     ("gptq", "--act_order_groups dynamic --bits 3 --sym false --group_size 32", "gptq", 3, False, 32),
     ("gptq", "--act_order_groups dynamic --group_size -1 --quality fast", "gptq", 4, True, -1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import capture
 import passes
+import tune
 from calibration import Windows
 from capture import linear_at
 from checkpoint import CheckpointWriter
@@ -27,7 +29,7 @@ from lanes import Lanes
 from moments import SecondMoment
 from passes import Passes, walk
 from resume import KeptStates
-from solve import STACK, BlockChanges, LayerReport, Moments, solve_block
+from solve import STACK, BlockChanges, LayerReport, Moments, Solved, solve_block
 from source import Source
 
 # Matrices that a linear's solution holds at most: of the second moment's size beside it, and of the weight's.
@@ -42,13 +44,15 @@ class Course:
     what those before it, rounded, make of its inputs, by passes that halt. That takes the states again for every input,
     which is slow where they come from the host: there all inputs are taken at once, of the block as it was.
 
-    side_by_side: linears with different inputs are rounded at the same time where there is room; this may change.
+    side_by_side: linears with different inputs are rounded at the same time where there is room; tuned: blocks are
+    tuned where the effort has it and there is room; these may change.
     """
 
     batch: capture.MicroBatch
     home: torch.device
     in_order: bool
     side_by_side: bool = True
+    tuned: bool = True
 
 
 def quantize_blocks(
@@ -170,7 +174,10 @@ def _block(
         changes = BlockChanges()
         args = (block, name, groups, moments, folds, run.options, changes, follower, lanes)
         with run.stage("solve"), closing(solve_block(*args)) as linears:
-            for solved in linears:
+            ready: Iterable[Solved] = linears
+            if run.options.effort.tune and follower is not None and course.tuned:
+                ready = _tuned(run, index, list(linears), follower, states, kwargs, course, progress)
+            for solved in ready:
                 progress.step(f"solved {solved.path}")
                 with run.stage("pack"):
                     write_linear(run, writer, name, solved)
@@ -180,6 +187,40 @@ def _block(
         onward.close()
         raise
     return onward
+
+
+def _tuned(
+    run: Run,
+    index: int,
+    solved: list[Solved],
+    follower: Follower,
+    states: capture.States,
+    kwargs: dict[str, Any],
+    course: Course,
+    progress: Blocks,
+) -> list[Solved]:
+    """The linears of block `index` after tuning; as they are where there is no memory for that, and then no other
+    block is tuned either."""
+    block, name = run.source.modules[index], run.source.blocks[index]
+    follower.drop()
+    heads = int(getattr(run.source.config.get_text_config(), "num_attention_heads", 1))
+    needed = tune.memory(solved, states.length, heads)
+    if _fits(run, needed):
+        progress.step("tune")
+        with run.stage("tune"), suppress(torch.cuda.OutOfMemoryError):
+            windows = tune.windows_used(run.options.effort.tune, states.length)
+            goal = follower.goal(name, windows)
+            return tune.tune_block(block, solved, run.options, states, goal, kwargs)
+    course.tuned = False
+    run.console.warn(
+        f"{name}: tuning takes about {needed / 2**30:.1f} GiB of {run.device}, which are not there: it is rounded "
+        "without, as the blocks after it"
+    )
+    return solved
+
+
+def _fits(run: Run, needed: int) -> bool:
+    return run.device.type != "cuda" or needed < capture.free_memory(run.device, run.config.max_memory)
 
 
 def _relieve(

@@ -214,8 +214,8 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     grid.add(
         "quality",
         "how much search to spend: fast for a trial, best where time does not matter; best also runs the "
-        "unquantized model beside the quantized one, and every layer aims at its outputs; default does so at "
-        "2 and 3 bits, on a share of the text",
+        "unquantized model beside the quantized one, and every layer aims at its outputs, and at 2 and 3 bits "
+        "tunes whole blocks by gradient; default aims so at 2 and 3 bits, on a share of the text",
         choices=get_args(Quality),
     )
     grid.add(

@@ -80,6 +80,17 @@ class Follower:
         self._far.close()
         self._near.close()
 
+    def drop(self) -> None:
+        """Gives up what is halted, for the memory, or because linears that it has passed have changed."""
+        self._near.drop()
+        self._far.drop()
+
+    def goal(self, name: str, windows: int) -> capture.States:
+        """What the source's block gives for the first windows. Errors: as `advance`."""
+        made = capture.copied(self._far.states, min(windows, len(self._far.states)))
+        capture.replay(self.twin, name, made, self._far.kwargs, self._far.batch, spare=self._far.drop)
+        return made
+
     def advance(self, name: str) -> None:
         """Brings both streams of states past this block. Errors: `FinalError` where they are not finite."""
         self._near.advance(name)

@@ -163,9 +163,8 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     out, width = W.shape
     order, U = factor.order, factor.U
     group = torch.div(order, spec.group_size, rounding_mode="floor")
-    lost = loops.transposed(
-        W, order
-    )  # (in, out), a column of W a contiguous row: W, and what is done of W - V
+    # (in, out), a column of W a contiguous row: W, and what is done of W - V.
+    lost = loops.transposed(W, order)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
     first = len(factor.inverses[0])

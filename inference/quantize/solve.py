@@ -40,12 +40,13 @@ REPORT_ROWS = 256  # rows of a layer on which its output error is told
 class Effort:
     """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: the share
     of the windows on which each linear learns what its predecessors' quantization made of its inputs, and aims at what
-    the source's would give."""
+    the source's would give. `tune`: steps by gradient of a whole block after that."""
 
     search: SearchEffort
     sweeps: int
     refit: bool
     follow: float = 0.0
+    tune: int = 0
 
     def followed(self, windows: int, length: int) -> int:
         """How many of `windows` of `length` tokens: the share, and never too few to tell drift from noise."""
@@ -56,15 +57,21 @@ ENOUGH = 1 << 18  # tokens
 EFFORTS = {
     "fast": Effort(SearchEffort(sweep=16, refits=1), sweeps=0, refit=False),
     "default": Effort(SearchEffort(sweep=24, refits=2), sweeps=2, refit=True),
-    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0),
+    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0, tune=384),
 }
-FEW_BITS, SOME = 3, 0.25  # up to so many bits "default" follows too, on so many of the windows
+FEW_BITS, SOME = (
+    3,
+    0.25,
+)  # up to so many bits "default" follows too, on so many of the windows, and "best" tunes
 
 
 def effort(quality: str, bits: int) -> Effort:
-    """What `--quality` means at so many bits: where each costs much accuracy, following pays by default."""
+    """What `--quality` means at so many bits: where each costs much accuracy, following pays by default, and tuning
+    pays at all."""
     found = EFFORTS[quality]
-    return replace(found, follow=SOME) if quality == "default" and bits <= FEW_BITS else found
+    if bits > FEW_BITS:
+        return replace(found, tune=0)
+    return replace(found, follow=SOME) if quality == "default" else found
 
 
 AIM = 0.75  # of the way to the source's outputs: the rest would follow the noise of the calibration tokens
@@ -93,7 +100,8 @@ class SolveOptions:
 
 @dataclass(slots=True)
 class LayerReport:
-    """What happened to one linear. `error`: relative squared output error of its rounding on calibration inputs."""
+    """What happened to one linear. `error`: relative squared output error of its rounding on calibration inputs, before
+    its block was tuned."""
 
     name: str
     error: float
