@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPTJConfig, LlamaConfig, NemotronConfig, Olmo2Config, OPTConfig, PhiConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import capture
+import folds
 from errors import InputError
 from folds import Fold, apply_fold, exact_folds, find_folds
 from models import CPU, FAMILIES, VOCABULARY, build, tokens
@@ -192,8 +198,11 @@ WIDE = {"intermediate_size": 96, "num_key_value_heads": 2}
             small(Olmo2Config, **WIDE),
             {("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")},
         ),
-        # A squared activation lies between up and down; norms add one to their weights.
-        (small(NemotronConfig, **WIDE), {("self_attn.v_proj", "self_attn.o_proj")}),
+        # A squared activation lies between up and down; norms add one to their weights, as Gemma's do.
+        (
+            small(NemotronConfig, **WIDE),
+            {("input_layernorm", QKV), ("self_attn.v_proj", "self_attn.o_proj")},
+        ),
         # The first norm feeds the MLP too.
         (small(PhiConfig, intermediate_size=96), set()),
         (
@@ -227,3 +236,24 @@ def test_unknown_architecture() -> None:
     with pytest.raises(InputError, match=r"GPTJBlock.*gptq_quantize\.py") as caught:
         find_folds(build(config).transformer.h[0], config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("norm", "offset"),
+    [
+        (LlamaRMSNorm(96), 0),
+        (nn.LayerNorm(96), 0),
+        (Gemma2RMSNorm(96), 1),
+        (Gemma3RMSNorm(96), 1),
+        (Gemma4RMSNorm(96), 0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_a_norm_adds_to_its_weight(norm: nn.Module, offset: int, dtype: torch.dtype) -> None:
+    """Found by numbers: names do not tell."""
+    norm = copy.deepcopy(norm).to(dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    assert folds._offset(norm) == offset

@@ -130,8 +130,13 @@ def _gated_rows(modules: dict[str, nn.Module], source: str, target: str, layout:
 
 
 def _offset(norm: nn.Module) -> float:
-    """Gemma's norms multiply by `1 + weight`, all others by `weight`."""
-    return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+    """What a norm adds to its weight before it multiplies: one in those of Gemma up to the third, zero in others."""
+    weight = norm.get_parameter("weight")
+    x = torch.ones_like(weight)
+    x[1::2] = -1  # its mean is zero and its mean square one
+    nothing = {name: torch.zeros_like(p) for name, p in norm.named_parameters()}
+    made: Tensor = torch.func.functional_call(norm, nothing, (x[None],))
+    return float(made[0, 0].round())
 
 
 @dataclass(frozen=True, slots=True)
