@@ -163,6 +163,19 @@ def test_nothing_to_do_changes_nothing(opened: Any) -> None:
         assert torch.equal(old.grid.scale, new.grid.scale)
 
 
+@pytest.mark.parametrize("rate", [1e6, float("nan")])
+def test_what_does_not_help_is_given_up(rate: float, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "SCALE_RATE", rate)
+    source, states, kwargs = opened("llama")
+    block, asked = source.modules[0], options(3)
+    goal = capture.copied(states, len(states))
+    capture.replay(block, "m", goal, kwargs, capture.MicroBatch(CPU, 16, 64))
+    solved = nearest(block, asked)
+    kept = {k: v.clone() for k, v in block.state_dict().items()}
+    assert tune.tune_block(block, solved, asked, states, goal, kwargs) is solved
+    assert all(torch.equal(v, kept[k]) for k, v in block.state_dict().items())
+
+
 def test_far_tokens_do_not_drown_the_others() -> None:
     wanted, made = torch.ones(1, 9, 4), torch.ones(1, 9, 4)
     made[0, 3] = 1.5

@@ -33,6 +33,7 @@ TRAVEL, FASTEST = (
 SCALE_RATE = 0.003  # relative
 BETAS = (0.9, 0.99)
 WARM_UP = 0.05  # of the steps
+SAMPLE = 16  # steps' tokens on which it is told whether all that has helped
 
 
 def windows_used(steps: int, length: int) -> int:
@@ -63,7 +64,7 @@ def tune_block(
     """The linears of a block, which holds them, with other integers and scales; they are in the block at the end.
 
     states: what enters the block; goal: what the source's block gives, for the first of those windows or all. Where
-    memory runs out the block is as it was.
+    that comes no closer, or memory runs out on the way, the block and the linears are as they were.
     """
     linears = [_Linear(each, options, states.device) for each in solved]
     size = _per_step(states.length)
@@ -78,16 +79,26 @@ def tune_block(
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     run = _Run(block, kwargs, states.device)
+
+    def distance(start: int, stop: int) -> Tensor:
+        weights = {f"{linear.path}.weight": linear.weight(run.dtype) for linear in linears}
+        return _distance(run(states.get(start, stop), weights), goal.get(start, stop))
+
+    def sample() -> float:
+        with torch.no_grad():
+            return float(torch.stack([distance(*piece) for piece in pieces[:SAMPLE]]).mean())
+
+    before = sample()
     for step, (start, stop) in zip(range(steps), _shuffled(pieces), strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _pace(step, steps)
-        hidden, wanted = states.get(start, stop), goal.get(start, stop)
         with torch.enable_grad():
-            weights = {f"{linear.path}.weight": linear.weight(run.dtype) for linear in linears}
-            torch.autograd.backward(_distance(run(hidden, weights), wanted))
+            torch.autograd.backward(distance(start, stop))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     del optimizer
+    if not sample() < before:  # nor where it is no number
+        return solved
     return [linear.settle(block) for linear in linears]
 
 
