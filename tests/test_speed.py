@@ -14,8 +14,9 @@ import torch
 
 from conftest import MAIN
 
-# What the test prints, on one core; it moves by a tenth or two with what else runs.
-MEASURED = {"awq": 2.2, "gptq": 1.3}
+# What the test prints, on one core: 1.2 to 1.4 and 0.8 to 1.0 on an AMD EPYC, more on other processors. It moves by a
+# tenth or two with what else runs.
+MEASURED = {"awq": 1.4, "gptq": 1.1}
 SLACK = 1.65
 
 
