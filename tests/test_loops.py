@@ -369,7 +369,7 @@ def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) 
     works = W.clone(), W.clone()
     qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     errors = [torch.zeros_like(W) for _ in range(2)]
-    loops.compensate_part(part, works[0], scale, zero, group, R, 15, qs[0], errors[0])
+    loops.compensate_columns(works[0], scale, zero, group, R, 15, qs[0], errors[0], part)
     loops.compensate_columns(
         works[1][part], scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part]
     )
@@ -380,7 +380,9 @@ def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) 
     gradient, missing = H @ (W - works[0]), torch.zeros(32, out, device=DEVICE)
     qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
     changes = [torch.zeros(width - first, out, device=DEVICE) for _ in range(2)]
-    loops.descend_part(part, first, 1, gradient, missing, scales[0], zero, H, 15, qs[0], changes[0], HALVES)
+    loops.descend_columns(
+        gradient, missing, scales[0], zero, H, 15, qs[0], changes[0], HALVES, (part, first, 1)
+    )
     loops.descend_columns(
         gradient[part],
         missing,

@@ -59,9 +59,8 @@ class _StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         block = self.__dict__["block"]
-        names = [
-            p.name for p in signature(block.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD
-        ]
+        parameters = signature(block.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] or ["hidden_states"]
         if len(args) > len(names):
             raise InputError(f"{type(block).__name__} takes arguments without names: not supported")
         given = dict(zip(names, args, strict=False)) | kwargs

@@ -130,7 +130,7 @@ def _gated_rows(modules: dict[str, nn.Module], source: str, target: str, layout:
 
 
 def _offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before it multiplies: one in those of Gemma up to the third, zero in others."""
+    """What a norm adds to its weight before it multiplies: one in Gemma's up to the third, in most others nothing."""
     weight = norm.get_parameter("weight")
     x = torch.ones_like(weight)
     x[1::2] = -1  # its mean is zero and its mean square one

@@ -190,7 +190,7 @@ def _compensate_span(
         if start:
             # What the earlier pieces left, all at once.
             work[start:stop].addmm_(turned[start:stop, :start], errors[:start], alpha=-1.0)
-        loops.compensate_part(slice(start, stop), work, scale, zero, group, R, levels, q, errors)
+        loops.compensate_columns(work, scale, zero, group, R, levels, q, errors, slice(start, stop))
 
 
 @loops.tensor_cores()
@@ -231,9 +231,9 @@ def descend(
                     # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
                     coupling, made, late = before
                     torch.mm(coupling, made, out=late)
-                loops.descend_part(
-                    part, first, part.start // size, gradient, late, scale, zero, H, spec.levels, integers,
-                    changes, dtypes,
+                loops.descend_columns(
+                    gradient, late, scale, zero, H, spec.levels, integers, changes, dtypes,
+                    (part, first, part.start // size),
                 )  # fmt: skip
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)

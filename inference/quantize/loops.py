@@ -361,33 +361,22 @@ def compensate_columns(
     levels: int,
     q: Tensor,
     errors: Tensor,
+    part: slice | None = None,
 ) -> None:
     """Rounds `c` columns (at most 128) one after another, each error spread over the columns after it.
 
     work: float32 (c, out), a column of W a row, overwritten with the rounded values. scale, zero: (groups,
     out). group: int64 (c), each column's group. R: (c, c) upper; what lies below is not read. Written: q, uint8
     (c, out), and errors, float32 (c, out): the errors over `R_jj`, for the update of all later columns.
+
+    part: which columns of all these are meant, where there are more: cutting them out takes as long as a kernel.
     """
-    run = _compensate_columns_triton if on_triton(work) else _compensate_columns_torch
-    run(work, scale, zero, group, R, levels, q, errors)
-
-
-def compensate_part(
-    part: slice,
-    work: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    R: Tensor,
-    levels: int,
-    q: Tensor,
-    errors: Tensor,
-) -> None:
-    """`compensate_columns` of the columns `part` of matrices with more: cutting them out takes as long as a kernel."""
     if on_triton(work):
         _compensate_columns_triton(work, scale, zero, group, R, levels, q, errors, part)
         return
-    compensate_columns(work[part], scale, zero, group[part], R[part, part], levels, q[part], errors[part])
+    if part is not None:
+        work, group, R, q, errors = work[part], group[part], R[part, part], q[part], errors[part]
+    _compensate_columns_torch(work, scale, zero, group, R, levels, q, errors)
 
 
 def _compensate_columns_torch(
@@ -508,6 +497,7 @@ def descend_columns(
     q: Tensor,
     delta: Tensor,
     refit: tuple[torch.dtype, ...] | None,
+    within: tuple[slice, int, int] | None = None,
 ) -> None:
     """One pass of coordinate descent over `c` columns (at most 128) of one group, all tensors a column a row.
 
@@ -515,38 +505,18 @@ def descend_columns(
     scale, zero: (out). H: (c, c), symmetric. q: uint8 (c, out), updated. refit: what a scale must survive a cast to;
     the group's scale is then set first, in place, to the best for the integers, but where rounding it would lose.
     Written: delta, float32 (c, out), the change of the values, for the gradient, of these columns too.
-    """
-    run = _descend_columns_triton if on_triton(gradient) else _descend_columns_torch
-    run(gradient, missing, scale, zero, H, levels, q, delta, refit)
 
-
-def descend_part(
-    part: slice,
-    first: int,
-    group: int,
-    gradient: Tensor,
-    missing: Tensor | None,
-    scale: Tensor,
-    zero: Tensor,
-    H: Tensor,
-    levels: int,
-    q: Tensor,
-    delta: Tensor,
-    refit: tuple[torch.dtype, ...] | None,
-) -> None:
-    """`descend_columns` of the columns `part` of matrices with more: cutting them out takes as long as a kernel.
-
-    scale, zero: (groups, out), of which row `group` is meant; `delta` begins with column `first`.
+    within: where all but `missing` have more columns, and `scale` and `zero` are (groups, out): which columns are
+    meant, which column `delta` begins with, and the group. Cutting them out takes as long as a kernel.
     """
     if on_triton(gradient):
-        _descend_columns_triton(
-            gradient, missing, scale, zero, H, levels, q, delta, refit, (part, first, group)
-        )
+        _descend_columns_triton(gradient, missing, scale, zero, H, levels, q, delta, refit, within)
         return
-    to = slice(part.start - first, part.stop - first)
-    descend_columns(
-        gradient[part], missing, scale[group], zero[group], H[part, part], levels, q[part], delta[to], refit
-    )
+    if within is not None:
+        part, first, index = within
+        gradient, H, q = gradient[part], H[part, part], q[part]
+        scale, zero, delta = scale[index], zero[index], delta[part.start - first : part.stop - first]
+    _descend_columns_torch(gradient, missing, scale, zero, H, levels, q, delta, refit)
 
 
 def _descend_columns_torch(

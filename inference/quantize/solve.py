@@ -59,10 +59,8 @@ EFFORTS = {
     "default": Effort(SearchEffort(sweep=24, refits=2), sweeps=2, refit=True),
     "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0, tune=384),
 }
-FEW_BITS, SOME = (
-    3,
-    0.25,
-)  # up to so many bits "default" follows too, on so many of the windows, and "best" tunes
+FEW_BITS = 3  # up to so many "default" follows too, and "best" tunes
+SOME = 0.25  # of the windows, which "default" then follows on
 
 
 def effort(quality: str, bits: int) -> Effort:

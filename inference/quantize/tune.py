@@ -127,7 +127,7 @@ class _Run:
     """The block with other weights, in a precision that gradients survive."""
 
     def __init__(self, block: nn.Module, kwargs: dict[str, Any], device: torch.device) -> None:
-        self._block, self._kwargs = block, kwargs
+        self._block, self._kwargs = _Replaced(block), kwargs
         self._device = device
         self._half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         self.dtype = torch.bfloat16 if self._half else torch.float32
@@ -142,11 +142,10 @@ class _Run:
             within = torch.autocast(self._device.type, self.dtype)
         else:
             hidden = hidden.float()
-        replaced = _Replaced(self._block)
         # The fused kernels' gradients differ in the last bits from one run to the next.
         with within, sdpa_kernel(SDPBackend.MATH):
             result: Tensor = torch.func.functional_call(
-                replaced,
+                self._block,
                 {f"block.{k}": v for k, v in {**self._others, **weights}.items()},
                 (hidden, self._kwargs),
             )
@@ -171,16 +170,17 @@ class _Linear:
     def __init__(self, solved: Solved, options: SolveOptions, device: torch.device) -> None:
         self._solved, self.path = solved, solved.path
         self._spec: GridSpec = options.spec(solved.q.shape[1])
-        self._order = None if solved.g_idx is None else torch.argsort(solved.g_idx, stable=True).to(device)
+        order = None if solved.g_idx is None else torch.argsort(solved.g_idx, stable=True).to(device)
+        self._place = None if order is None else torch.argsort(order)  # of each column among the groups
         self._zero, self._scale = solved.grid.zero.to(device), solved.grid.scale.to(device)
         q = solved.q.to(device)
-        q = q if self._order is None else q[:, self._order]
+        q = q if order is None else q[:, order]
         zero = self._zero.repeat_interleave(self._spec.group_size, 1)
         self.u = (q.float() - zero).requires_grad_()
         self.factor = torch.ones_like(self._scale).requires_grad_()
 
     def _back(self, columns: Tensor) -> Tensor:
-        return columns if self._order is None else columns[:, torch.argsort(self._order)]
+        return columns if self._place is None else columns[:, self._place]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """De-quantized as it now is, (out, in)."""
