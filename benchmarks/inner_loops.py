@@ -2,8 +2,8 @@
 
     uv run python benchmarks/inner_loops.py
 
-The floor of a step is its least arithmetic over the rate that this GPU reaches in one large matrix product
-of the same kind, measured here, a float32 product of the factorization counting as three in TF32; for the loops over
+The floor of a step is its least arithmetic over the rate that this GPU reaches in one large matrix product of the same
+kind, measured here, a float32 product of the factorization counting as three of half precision; for the loops over
 columns it is one read and one write of all that they touch.
 Compiling the kernels is not timed. Exit code 1 where a check fails.
 """
@@ -73,17 +73,22 @@ def inputs(width: int, tokens: int) -> Tensor:
     return (0.3 * x).to(torch.float16)
 
 
+def _normed(A: Tensor, H: Tensor) -> None:
+    """`A` becomes `H` with a diagonal of about one, as Cholesky takes it."""
+    loops.permute(H, torch.arange(len(H), device=H.device), 1 / gptq_solver.norms(H), A)
+
+
 def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
-    A.copy_(H)
+    _normed(A, H)
     return dense.cholesky_(A)[1]
 
 
 def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
     """Times the factorization of `H` (n, n) and its parts; the floor is three products on the tensor cores."""
     n = H.shape[0]
-    floor = 3 * n**3 / 3 / rates["tf32"]
+    floor = 3 * n**3 / 3 / rates["half"]
     A = torch.empty_like(H)
-    copying = timed(partial(A.copy_, H), 1)
+    copying = timed(partial(_normed, A, H), 1)
     plain = dense.PANEL
     for panel in PANELS:
         dense.PANEL = panel
@@ -125,19 +130,19 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     found = grid.search_grid(W, M, SPEC)
 
     # The floor: the products on the tensor cores, and every weight read and written once.
-    pieces = range(0, width, gptq_solver.COLUMNS)
+    pieces = range(0, width, loops.COLUMNS)
     seconds = timed(lambda: gptq_solver.compensate(W, found, SPEC, factor), 2)
-    floor = 1.0 * out * width**2 / rates["tf32"] + W.numel() * 13 / rates["copy"]
+    floor = 1.0 * out * width**2 / rates["half"] + W.numel() * 13 / rates["copy"]
     row(f"compensate {label} (all of it)", seconds, floor)
     scale, zero = found.scale.T.contiguous(), found.zero.T.contiguous()
     group = torch.div(factor.order, SPEC.group_size, rounding_mode="floor")
     work, q = W.T.contiguous(), torch.empty(width, out, dtype=torch.uint8, device="cuda")
-    errors = torch.empty(gptq_solver.COLUMNS, out, device="cuda")
-    R = factor.inverses[-1][: gptq_solver.COLUMNS, : gptq_solver.COLUMNS]  # one piece for all
+    errors = torch.empty(loops.COLUMNS, out, device="cuda")
+    R = factor.inverses[-1][: loops.COLUMNS, : loops.COLUMNS]  # one piece for all
 
     def columns_alone() -> None:
         for a in pieces:
-            s = slice(a, a + gptq_solver.COLUMNS)
+            s = slice(a, a + loops.COLUMNS)
             loops.compensate_columns(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
@@ -146,7 +151,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def descend(sweeps: int) -> tuple[Tensor, Grid]:
         return gptq_solver.descend(W, done, found, SPEC, H, sweeps=sweeps, refit=True)
 
-    product = 2.0 * out * width**2 / rates["tf32"]  # the gradient at the start costs as much as a whole sweep
+    product = 2.0 * out * width**2 / rates["half"]  # the gradient at the start costs as much as a whole sweep
     traffic = W.numel() * 10 / rates["copy"]
     once, twice = timed(lambda: descend(1), 1), timed(lambda: descend(2), 1)
     row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
@@ -155,10 +160,9 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
 
     def descent_alone() -> None:
         for a in pieces:
-            s, i = slice(a, a + gptq_solver.COLUMNS), a // SPEC.group_size
+            s, i = slice(a, a + loops.COLUMNS), a // SPEC.group_size
             loops.descend_columns(
-                gradient[s], None, scale[i], zero[i], H[s, s], SPEC.levels, integers[s], errors,
-                SPEC.scale_dtypes,
+                gradient[s], scale[i], zero[i], H[s, s], SPEC.levels, integers[s], errors, SPEC.scale_dtypes
             )  # fmt: skip
 
     row("  of it the loops over columns", timed(descent_alone, 2), W.numel() * 10 / rates["copy"])

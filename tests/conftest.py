@@ -109,3 +109,21 @@ def opened(saved: Callable[..., Path]) -> Callable[[str], tuple[Source, capture.
         return source, states, calls.kwargs[0]
 
     return find
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Matrices of half precision are multiplied as a GPU does, also where there is none: the depth of each product."""
+    import dense
+
+    depths: list[int] = []
+
+    def multiply_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+        assert a.dtype == b.dtype == torch.float16
+        assert out.dtype == torch.float32
+        depths.append(a.shape[1])
+        out.addmm_(a.float(), b.float(), alpha=alpha, beta=beta)
+
+    monkeypatch.setattr(dense, "takes_halves", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(dense, "halves_", multiply_)
+    return depths

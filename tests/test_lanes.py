@@ -66,8 +66,12 @@ def test_beside_waits_for_the_caller_who_waits_where_he_joins(device: torch.devi
             y.copy_(x)
         beside.join()
         assert y.tolist() == [2] * 1000
-        with beside.stream(worthwhile=False):  # in the caller's order
-            y.add_(1)
+        pause()
+        y.add_(1)
+        with beside.stream(behind=False):  # on a GPU, before what the caller has just begun
+            x.copy_(y)
+        beside.join()
+        assert x.tolist() == [3 if device.type == "cpu" else 2] * 1000
         assert y.tolist() == [3] * 1000
         with beside.stream():
             pause()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -95,10 +96,15 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["plain", "three products"])
+@pytest.fixture(params=["plain", "three products", "halves"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With plain products; or all split in three, on rounded inputs as tensor cores take them, small pieces each."""
+    """With plain products; or all split in three, on rounded inputs as tensor cores take them, small pieces each; or so
+    where they are of single precision, and those of half precision as one."""
     kind: str = request.param
+    if kind == "halves":
+        request.getfixturevalue("halves")
+    else:
+        monkeypatch.setattr(dense, "takes_halves", lambda _: False)
     if kind != "plain":
 
         def rounded(x: Tensor) -> Tensor:
@@ -201,12 +207,57 @@ def test_split_fourfold(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel and DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("needs a CUDA device (or Triton's interpreter)")
     x = on_device(weights(7, 1300))[0][:, 5:1200]
-    high, low = loops.split(x)
     monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
-    out = torch.full((9, 4 * 1195), torch.nan, device=DEVICE)
-    loops.split_fourfold(x, out[1:8])
-    assert torch.equal(out[1:8], torch.cat((high, low, high, high), 1))
+    out = torch.full((9, 4 * 1195), torch.nan, dtype=torch.float16, device=DEVICE)
+    loops.split_fourfold(x, out[1:8], 1024.0)
+    high, low, again, once_more = torch.split(out[1:8].float(), 1195, dim=1)
+    assert torch.equal(high, (x * 1024).half().float())
+    torch.testing.assert_close(high + low, x * 1024, atol=2.0**-25, rtol=2.0**-22)
+    assert torch.equal(again, high)
+    assert torch.equal(once_more, high)
     assert bool(out[[0, 8]].isnan().all())
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_halved(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    x, minus = (each[:, 5:1200] for each in on_device(weights(7, 1300), weights(7, 1300, seed=3)))
+    x[2, 9], x[3, 1] = 1e6, -1e6
+    rows, columns = on_device(2.0 ** torch.arange(7), 2.0 ** (torch.arange(1195) % 9))
+    for found, expected in (
+        (loops.halved(x, rows), x * rows[:, None]),
+        (loops.halved(x, rows, columns), x * rows[:, None] * columns),
+        (loops.halved(x, rows, minus=minus), (x - minus) * rows[:, None]),
+    ):
+        assert torch.equal(found, expected.clamp(-65504, 65504).half())
+        assert found[2, 9] == 65504
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_halved_error(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+    out, width, size = 70, 120, 40
+    W, columns = weights(out, width), 2.0 ** (torch.arange(out) % 12)
+    W[5, 6] = 1e9
+    scale, zero, _ = grids(width, width // size, out, 15)
+    q = torch.randint(0, 16, (out, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    V = (q.double() - zero.repeat_interleave(size, 1).double()) * scale.repeat_interleave(size, 1).double()
+    expected = ((W.double() - V).T * columns).clamp(-65504, 65504)
+    W, q, scale, zero, columns = on_device(W, q, scale, zero, columns)
+    found = loops.halved_error(W, q, scale, zero, size, columns)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double().cpu(), expected, atol=1e-6, rtol=2.0**-10)
+
+
+def test_power_of_two() -> None:
+    x = torch.tensor([1.0, 1.99, 2.0, 3.0, 0.3, 1e-20, 7e20])
+    expected = [1.0, 1.0, 2.0, 2.0, 0.25, 2.0 ** math.floor(math.log2(1e-20)), 2.0**69]
+    assert loops.power_of_two(x).tolist() == expected
+    assert loops.power_of_two(torch.zeros(1)).item() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -247,14 +298,16 @@ def test_whole_matrices_in_place(n: int, kernel: bool, monkeypatch: pytest.Monke
     H, scale, order = on_device(weights(n, n), weights(n).exp(), torch.randperm(n))
     for dtype in (torch.float32, torch.float64):
         out = torch.full((n, n), torch.nan, dtype=dtype, device=DEVICE)
-        loops.permute(H, order, out)
-        assert torch.equal(out, H[order][:, order].to(dtype))
-    expected = H.flip(0, 1), H / (scale[:, None] * scale)
+        loops.permute(H, order, scale[order], out)
+        expected = H * scale[:, None] * scale
+        torch.testing.assert_close(out, expected[order][:, order].to(dtype), atol=0, rtol=1e-6)
+    expected = scale[:, None] * H.flip(0, 1)
     turned = H.clone()
-    loops.turn_(turned)
-    assert torch.equal(turned, expected[0])
+    loops.turn_(turned, scale)
+    assert torch.equal(turned, expected)
+    expected = H / (scale[:, None] * scale)
     loops.divide_(H, scale)
-    assert torch.equal(H, expected[1])
+    assert torch.equal(H, expected)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -266,7 +319,7 @@ def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense, "WIDE", 256)
     monkeypatch.setattr(dense, "WHOLE", 0)
     beside, found = Beside.stream, []
-    for stream in (lambda self, worthwhile: nullcontext(), beside, beside, beside):
+    for stream in (lambda self, behind=True: nullcontext(), beside, beside, beside):
         monkeypatch.setattr(Beside, "stream", stream)
         A = H.clone()
         failed, inverses = dense.cholesky_(A)
@@ -379,13 +432,13 @@ def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) 
     q = qs[0].clamp(max=15)
     gradient, missing = H @ (W - works[0]), torch.zeros(32, out, device=DEVICE)
     qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
-    changes = [torch.zeros(width - first, out, device=DEVICE) for _ in range(2)]
+    changes = [torch.zeros(width - first, out, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    units = (2.0 ** (torch.arange(width, device=DEVICE) % 3), 2.0 ** (torch.arange(out, device=DEVICE) % 5))
     loops.descend_columns(
-        gradient, missing, scales[0], zero, H, 15, qs[0], changes[0], HALVES, (part, first, 1)
+        gradient, scales[0], zero, H, 15, qs[0], changes[0], HALVES, missing, (part, first, 32), units
     )
     loops.descend_columns(
         gradient[part],
-        missing,
         scales[1][1],
         zero[1],
         H[part, part],
@@ -393,17 +446,93 @@ def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) 
         qs[1][part],
         changes[1][16:48],
         HALVES,
+        missing,
+        units=(units[0][part], units[1]),
     )
     for pair in (qs, scales, changes):
         assert torch.equal(*pair)
     assert not torch.equal(qs[0], q)
 
 
+@pytest.mark.parametrize(("columns", "out"), [(300, 21), (128, 40), (512, 16)])
+@_kernel_test
+def test_compensate_several_pieces(columns: int, out: int) -> None:
+    """A kernel that takes several pieces as the twin with a product between them."""
+    R = upper_factor(columns).contiguous()
+    W, R, scale, zero, group = on_device(weights(columns, out), R, *grids(columns, out, 3, 15))
+    works, errors = (W.clone(), W.clone()), (torch.empty_like(W), torch.empty_like(W))
+    qs = [torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    loops._compensate_columns_triton(works[0], scale, zero, group, R, 15, qs[0], errors[0])
+    for start in range(0, columns, 128):
+        part = slice(start, min(start + 128, columns))
+        works[1][part].addmm_(R[:start, part].T, errors[1][:start], alpha=-1.0)
+        rest = (scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part])
+        loops._compensate_columns_torch(works[1][part], *rest)
+    same = (qs[0] == qs[1]).all(dim=0)
+    assert float(same.float().mean()) > 0.5  # a row may part ways at a near tie
+    torch.testing.assert_close(works[0][:, same], works[1][:, same], atol=0, rtol=0)
+    torch.testing.assert_close(errors[0][:, same], errors[1][:, same], atol=2e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["", "halves"])
+@pytest.mark.parametrize(
+    ("size", "columns", "refit"), [(32, 32, HALVES), (128, 128, HALVES), (256, 128, None)]
+)
+@_kernel_test
+def test_descend_several_pieces(
+    size: int,
+    columns: int,
+    refit: tuple[torch.dtype, ...] | None,
+    halves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that takes several pieces as the twin with a product between them; not from the first column on."""
+    width, out, begin, end = 768, 24, 256, 768
+    monkeypatch.setattr(loops, "on_triton", lambda _: True)
+    W, H = on_device(weights(width, out), second_moment(width).float())
+    scale, zero = on_device(*grids(width, out, width // size, 15)[:2])
+    scale = loops.representable(scale, HALVES)
+    group = torch.arange(width, device=DEVICE) // size
+    q = ((W / scale[group]).round() + zero[group]).clamp(0, 15).to(torch.uint8)
+    coupled, units, dtype = H, None, torch.float32
+    gradient = H @ (W - (q - zero[group]) * scale[group])
+    if halves:
+        a, b = 2.0 ** (torch.arange(width, device=DEVICE) % 3), 2.0 ** (torch.arange(out, device=DEVICE) % 4)
+        coupled, units, dtype = loops.halved(H, 1 / a), (a, b), torch.float16
+        gradient = gradient / a[:, None] * b
+    pieces = [slice(a, a + columns) for a in range(begin, end, columns)]
+    qs, scales = (q.clone(), q.clone()), (scale.clone(), scale.clone())
+    made = [torch.full((end - begin, out), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    loops.descend_pieces(
+        gradient, scales[0], zero, H, 15, qs[0], made[0], refit, pieces, size, coupled, units
+    )
+    for part in pieces:
+        done = part.start - begin
+        missing = coupled[part, begin : part.start].float() @ made[1][:done].float()
+        index = part.start // size
+        loops._descend_columns_torch(
+            gradient[part], scales[1][index], zero[index], H[part, part], 15, qs[1][part],
+            made[1][done : done + columns], refit, missing, None if units is None else (units[0][part], units[1]),
+        )  # fmt: skip
+    assert not torch.equal(qs[0], q)
+    same = (qs[0] == qs[1]).all(dim=0) & (scales[0] == scales[1]).all(dim=0)
+    assert float(same.float().mean()) > 0.5
+    torch.testing.assert_close(made[0][:, same], made[1][:, same], atol=1e-6, rtol=2e-3)
+    assert torch.equal(qs[0][:begin], q[:begin])
+
+
 class Piece:
     """Columns of one group in the middle of a descent, on `device`; `missing` of the gradient is held apart."""
 
     def __init__(
-        self, columns: int, out: int, levels: int, *, missing: bool = True, dtype: torch.dtype
+        self,
+        columns: int,
+        out: int,
+        levels: int,
+        *,
+        missing: bool = True,
+        units: bool = False,
+        dtype: torch.dtype,
     ) -> None:
         scale, zero, _ = grids(columns, out, 1, levels)
         self.levels = levels
@@ -416,6 +545,13 @@ class Piece:
         if self.missing is not None:
             self.gradient += self.missing
         self.delta = torch.full_like(self.gradient, float("nan"))
+        self.by, self.unit = torch.ones(columns), torch.ones(out)
+        if units:
+            self.by, self.unit = 2.0 ** (torch.arange(columns) % 4), 2.0 ** (torch.arange(out) % 6)
+            self.delta = self.delta.half()
+            self.gradient *= self.unit / self.by[:, None]
+            if self.missing is not None:
+                self.missing *= self.unit / self.by[:, None]
 
     @property
     def value(self) -> Tensor:
@@ -426,8 +562,8 @@ class Piece:
         return (error * (self.H.double() @ error)).sum(dim=0)
 
     def descend(self, run: Callable[..., None], refit: tuple[torch.dtype, ...] | None) -> None:
-        args = (self.gradient, self.missing, self.scale, self.zero, self.H, self.levels, self.q, self.delta)
-        run(*args, refit)
+        args = (self.gradient, self.scale, self.zero, self.H, self.levels, self.q, self.delta, refit)
+        run(*args, self.missing, units=(self.by, self.unit) if self.delta.dtype == torch.float16 else None)
 
     def to(self, device: str) -> Piece:
         moved = copy.copy(self)
@@ -437,21 +573,24 @@ class Piece:
 
 
 @pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
+@pytest.mark.parametrize("units", [False, True], ids=["", "units"])
 @pytest.mark.parametrize(
     ("columns", "out", "levels", "missing"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
 )
 @_kernel_test
 def test_descend_kernel(
-    columns: int, out: int, levels: int, missing: bool, refit: tuple[torch.dtype, ...] | None
+    columns: int, out: int, levels: int, missing: bool, units: bool, refit: tuple[torch.dtype, ...] | None
 ) -> None:
-    ours = Piece(columns, out, levels, missing=missing, dtype=torch.float32).to(DEVICE)
+    ours = Piece(columns, out, levels, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
     ours.descend(loops._descend_columns_triton, refit)
     twin.descend(loops._descend_columns_torch, refit)
     same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
-    torch.testing.assert_close(ours.delta[:, same], twin.delta[:, same], atol=1e-7, rtol=1e-6)
-    torch.testing.assert_close(ours.delta, ours.value - start.value, atol=1e-6, rtol=1e-5)
+    exact = 2.0**-10 if units else 1e-5
+    torch.testing.assert_close(ours.delta[:, same], twin.delta[:, same], atol=1e-7, rtol=exact / 10)
+    change = (ours.value - start.value) * ours.unit
+    torch.testing.assert_close(ours.delta.float(), change, atol=1e-6, rtol=exact)
     assert torch.equal(ours.gradient, start.gradient)
     if missing:
         assert not torch.equal(ours.q, start.q)

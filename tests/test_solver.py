@@ -108,6 +108,8 @@ def test_factor(width: int, act_order: bool) -> None:
         diagonal = H.diagonal()[factor.order]
         assert bool((diagonal[:-1] >= diagonal[1:]).all())
     assert sorted(factor.order.tolist()) == list(range(width))
+    rows = factor.U.norm(dim=1)
+    assert bool((factor.norms <= rows * 1.0001).all() and (rows < 2.0001 * factor.norms).all())
     damped = condition(H, 0.01).double()[factor.order][:, factor.order]
     U = factor.U.double()
     torch.testing.assert_close(U @ U.T, damped, rtol=0, atol=1e-5 * float(damped.diagonal().max()))
@@ -159,11 +161,12 @@ def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     H = x.T @ x + torch.eye(width)
     reverse = activation_order(H).flip(0)
-    U, inverses, failed = gptq_solver._factor(H, reverse, dtype)
+    scales = gptq_solver.norms(H)
+    U, inverses, failed = gptq_solver._factor(H, reverse, scales, dtype)
     assert not failed
     expected = torch.linalg.cholesky(H[reverse][:, reverse].double()).flip(0, 1)
     torch.testing.assert_close(U.double(), expected, rtol=1e-3, atol=1e-4)
-    blocks_are_inverted(Factor(U, inverses, reverse.flip(0), 0.0))
+    blocks_are_inverted(Factor(U, inverses, reverse.flip(0), scales, 0.0))
 
 
 def test_factorize_leaves_the_damped_one() -> None:
@@ -241,6 +244,38 @@ def test_spans_change_nothing_but_the_order_of_sums(
         pieces = [piece for part in gptq_solver._spans(800, group) for piece in part]
         assert [c for piece in pieces for c in range(800)[piece]] == list(range(800))
         assert all(part[-1].stop - part[0].start <= span for part in gptq_solver._spans(800, group))
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(2, 32, False), (4, 128, True), (8, 320, False)])
+@pytest.mark.parametrize("size", [1.0, 1e-8, 1e8])
+def test_products_of_half_precision_cost_nothing(
+    bits: int, group: int, symmetric: bool, size: float, halves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the sizes of rows and channels: a few of each are a thousand times as large or as small as the rest."""
+    import gptq_solver
+
+    width = 640
+    monkeypatch.setattr(gptq_solver, "SPAN", 256)
+    monkeypatch.setattr(dense, "PANEL", 256)
+    W, channels = weights(200, width) * size**0.25, torch.ones(width)
+    W[::5] *= 1e-3
+    channels[7::50], channels[9::50] = 1e3, 1e-3
+    H = condition(second_moment(width, 3 * width), 0.02) * channels * channels[:, None] * size
+    W /= channels
+    spec = GridSpec(bits, group, symmetric)
+    grid = search_grid(W, metric_blocks(H, group), spec)
+    errors = []
+    for takes in (True, False):
+        monkeypatch.setattr(dense, "takes_halves", lambda _, takes=takes: takes)
+        factor = factorize(H.clone(), 1e-4, act_order=True)
+        q = compensate(W, grid, spec, factor)
+        found = descend(W, q, grid, spec, H, sweeps=2, refit=True)
+        errors.append([quadratic(W, dequantize(*each, group), H) for each in ((q, grid), found)])
+        assert (len(halves) > 0) == takes
+        halves.clear()
+    for half, full in zip(*errors, strict=True):
+        assert float((half / full - 1).abs().mean()) < 4e-3
+        assert float(half.log().mean() - full.log().mean()) == pytest.approx(0, abs=2e-3)
 
 
 def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
@@ -608,7 +643,7 @@ def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
 
 def test_columns_twin_is_what_runs_here() -> None:
     assert not loops.on_triton(torch.zeros(1))
-    factor = Factor(torch.eye(2), [torch.eye(2)], torch.arange(2), 0.0)
+    factor = Factor(torch.eye(2), [torch.eye(2)], torch.arange(2), torch.ones(2), 0.0)
     W = torch.tensor([[0.4, -0.6]])
     grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
     assert compensate(W, grid, GridSpec(2, 2, True), factor).tolist() == [[3, 1]]

@@ -107,5 +107,6 @@ def scale_(H: Tensor, factor: Factor, scale: Tensor) -> None:
     loops.divide_(H, scale)
     ordered = scale[factor.order]
     factor.U.div_(ordered[:, None])
+    factor.norms.copy_(loops.power_of_two(factor.norms / ordered))
     for span, R in factor.spans():
         R.mul_(ordered[span])

@@ -21,8 +21,8 @@ import loops
 from lanes import Beside
 
 PANEL = 1024  # columns of a triangle on the diagonal, which the library's Cholesky takes
-WIDE = 2048  # columns that are told of a panel at a time
-ROWS = 8192  # of a panel that are worked on at a time, which bounds the memory
+WIDE = 4096  # columns that are told of a panel at a time
+ROWS = 32768  # of a panel that are worked on at a time, which bounds the memory
 WHOLE = 4096  # columns of a matrix that a GPU's library takes as it is: few kernels to start
 LEAF = 64  # a triangle that is inverted by substitution
 DEPTH = 2048  # of what is split at a time, which bounds the memory
@@ -32,6 +32,20 @@ LARGE = 1 << 31  # multiplications of a product that is worth splitting
 FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
 
 Parts = tuple[Tensor, ...]  # a matrix, or two whose sum it is
+UNIT = 2.0**14  # what half precision takes a one for: far from both ends of its range
+
+
+def takes_halves(tensor: Tensor) -> bool:
+    """Whether matrices of half precision are multiplied into float32 where `tensor` is: torch 2.8 and later, a GPU."""
+    return tensor.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def halves_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """`out <- beta out + alpha a b`: `a`, `b` float16 or bfloat16, whose products are exact in float32, as `out` is."""
+    if beta == 0 and alpha == 1:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, beta=beta, out=out)
 
 
 def _threefold(a: Tensor, b: Tensor) -> bool:
@@ -81,65 +95,81 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Replaces a symmetric matrix (n, n), of which the lower triangle is read, by its lower Cholesky factor.
 
-    What lies above the diagonal becomes zero. Returns whether there is no factor, a boolean scalar on the device that
-    nobody has waited for (the matrix is then worthless), and the inverses of the factor's blocks of `PANEL` on the
-    diagonal. NaN may pass for a factor, and is on its diagonal.
+    Its diagonal is to be about one, and at most four, as in a matrix of correlations. What lies above the diagonal
+    becomes zero. Returns whether there is no factor, a boolean scalar on the device that nobody has waited for (the
+    matrix is then worthless), and the inverses of the factor's blocks of `PANEL` on the diagonal. NaN may pass for a
+    factor, and is on its diagonal.
     """
     if A.is_cuda and A.shape[0] <= WHOLE:
         return _by_the_library_(A)
     n = A.shape[0]
-    inverses: list[Tensor] = []
     infos = torch.zeros(-(-n // PANEL), dtype=torch.int32, device=A.device)
     eye = torch.eye(min(n, PANEL), dtype=A.dtype, device=A.device)
-    later: list[Callable[[], None]] = []  # updates of columns that the next panel does not wait for
+
+    def triangle(a: int, b: int) -> None:
+        block = A[a:b, a:b]
+        L, info = torch.linalg.cholesky_ex(block)
+        infos[a // PANEL].copy_(info)
+        block.copy_(L)
+        inverses[a // PANEL].copy_(torch.linalg.solve_triangular(L, eye[: b - a, : b - a], upper=False))
+
+    starts = range(0, n, PANEL)
+    inverses = [A.new_empty(min(PANEL, n - a), min(PANEL, n - a)) for a in starts]
+    later: list[Callable[[], None]] = []  # updates of columns that neither of the next panels waits for
+    # One triangle follows from the one before and the block below that. Few of a GPU's processors work on them, on a
+    # stream of their own; the others do the rest of the panel before.
     with Beside(A.device) as beside:
-        for a in range(0, n, PANEL):
-            b = min(a + PANEL, n)
-            block = A[a:b, a:b]
-            inverse = torch.empty_like(block, memory_format=torch.contiguous_format)
-            inverses.append(inverse)
-            # Few of a GPU's processors work on this; the others go on with what the panel before left to do.
-            with beside.stream(bool(later)):
-                L, info = torch.linalg.cholesky_ex(block)
-                infos[a // PANEL].copy_(info)
-                block.copy_(L)
-                inverse.copy_(torch.linalg.solve_triangular(L, eye[: b - a, : b - a], upper=False))
-                del L, info
+        with beside.stream():
+            triangle(0, min(PANEL, n))
+        for a, inverse in zip(starts, inverses, strict=True):
+            b, c, d = (min(a + i * PANEL, n) for i in (1, 2, 3))
+            with beside.stream():
+                if b < n:
+                    near = product(A[b:c, a:b], inverse.T)
+                    A[b:c, a:b] = near
+                    product_(A[b:c, b:c], near, near.T, alpha=-1.0)
+                    del near
             while later:
                 later.pop(0)()
             beside.join()
             if b == n:
                 break
+            with beside.stream(behind=False):
+                triangle(b, c)
             A[a:b, b:] = 0
-            parts = A.new_empty(n - b, 4 * (b - a)) if _threefold(A[b:, a:b], inverse) else None
-            for r in range(b, n, ROWS):
+            parts = None
+            if takes_halves(A) and _threefold(A[b:, a:b], inverse):
+                parts = A.new_empty(n - b, 4 * (b - a), dtype=torch.float16)
+                loops.split_fourfold(A[b:c, a:b], parts[: c - b], UNIT)
+            for r in range(c, n, ROWS):
                 below = A[r : min(r + ROWS, n), a:b]
                 panel = product(below, inverse.T)
                 below.copy_(panel)
                 if parts is not None:
-                    loops.split_fourfold(panel, parts[r - b : r - b + len(panel)])
+                    loops.split_fourfold(panel, parts[r - b : r - b + len(panel)], UNIT)
                 del panel
-            # The columns of the next panel alone, then as many at a time as a product does well with.
-            edges = [b, min(b + PANEL, n), *range(min(b + PANEL, n) + WIDE, n, WIDE), n]
-            later = [partial(_update_, A, parts, a, b, c, d) for c, d in pairwise(edges) if c < d]
+            # The columns of the next two panels alone, then as many at a time as a product does well with.
+            edges = [b, c, d, *range(d + WIDE, n, WIDE), n]
+            later = [partial(_update_, A, parts, a, b, max(c, e), e, f) for e, f in pairwise(edges) if e < f]
             del parts
-            later.pop(0)()
+            for update in later[:2]:
+                update()
+            del later[:2]
     return infos.ne(0).any(), inverses
 
 
-def _update_(A: Tensor, parts: Tensor | None, a: int, b: int, c: int, d: int) -> None:
-    """Takes what the factor's columns from `a` to `b` explain from those from `c` to `d`, on and below the diagonal.
+def _update_(A: Tensor, parts: Tensor | None, a: int, b: int, r: int, c: int, d: int) -> None:
+    """Takes what the factor's columns from `a` to `b` explain from those from `c` to `d`, in the rows from `r` on.
 
     parts: of those columns in the rows from `b` on, as `split_fourfold` lays them out; None: as `A` holds them.
     """
-    out = A[c:, c:d]
+    out = A[r:, c:d]
     if parts is None:
-        out.addmm_(A[c:, a:b], A[c:d, a:b].T, alpha=-1.0)
+        product_(out, A[r:, a:b], A[c:d, a:b].T, alpha=-1.0)
         return
     # low high + high low + high high, in one product: the small ones first, while the sum is small too.
     depth = b - a
-    with loops.tensor_cores():
-        _tf32_(out, parts[c - b :, depth:], parts[c - b : d - b, : 3 * depth].T, -1.0, 1.0)
+    halves_(out, parts[r - b :, depth:], parts[c - b : d - b, : 3 * depth].T, alpha=-1 / UNIT**2)
 
 
 def _by_the_library_(A: Tensor) -> tuple[Tensor, list[Tensor]]:

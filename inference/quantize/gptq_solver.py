@@ -21,10 +21,13 @@ from torch import Tensor
 import dense
 import loops
 from grid import Grid, GridSpec, dequantize
+from loops import COLUMNS
 
 OUTLIER = 10.0  # times the median of the diagonal
-COLUMNS = 128  # columns of one piece of the blocked recursion
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
+HEADROOM = (
+    2.0**13
+)  # for half precision: `H` over the norms of two channels, powers of two below them, is below four
 
 
 class NotFactorizable(ArithmeticError):
@@ -36,12 +39,14 @@ class Factor:
     """`U`: float32 (in, in), upper, `H_damped = U U^T` in the processing order; `order`: int64 (in).
 
     `order[k]` is the input channel processed at step k. `inverses`: of the blocks of `U` on its diagonal, which cover
-    it in order; upper, of any size. `damping`: the fraction of the mean diagonal added.
+    it in order; upper, of any size. `norms`: of the rows of `U`, to a factor of two, powers of two; float32 (in).
+    `damping`: the fraction of the mean diagonal added.
     """
 
     U: Tensor
     inverses: list[Tensor]
     order: Tensor
+    norms: Tensor
     damping: float
 
     def spans(self) -> Iterator[tuple[slice, Tensor]]:
@@ -91,7 +96,8 @@ class Factorization:
         if dtype == torch.float32:
             condition_(self._H, self._damping)
         self._dtype = dtype
-        self._U, self._inverses, self._failed = _factor(self._H, self._order.flip(0), dtype)
+        self._norms = norms(self._H)
+        self._U, self._inverses, self._failed = _factor(self._H, self._order.flip(0), self._norms, dtype)
 
     def finish(self) -> Factor:
         """Waits for it. Errors: `NotFactorizable`, with `H` as it was."""
@@ -105,7 +111,7 @@ class Factorization:
                 raise NotFactorizable("the second moment has no Cholesky factor at any damping")
             self._damping = max(self._damping * 10, 1e-3)
             self._attempt(torch.float32)
-        return Factor(self._U, self._inverses, self._order, self._damping)
+        return Factor(self._U, self._inverses, self._order, self._norms[self._order], self._damping)
 
 
 def factorize(H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> Factor:
@@ -134,15 +140,23 @@ def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
     return correction.add_(W)
 
 
-def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
+def norms(H: Tensor) -> Tensor:
+    """The roots of the diagonal of `H` (in, in), each the power of two at or below it: float32 (in)."""
+    return loops.power_of_two(H.diagonal().to(torch.float32).sqrt())
+
+
+def _factor(
+    H: Tensor, reverse: Tensor, norms: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """`U` and `inverses` of the `Factor`, from a Cholesky in `dtype`, and whether there is none: a boolean scalar on
-    the device.
+    the device. norms: what channels are divided by for it, in their own order.
 
     One new (in, in), worked on in place.
     """
     width = H.shape[0]
     A = torch.empty(width, width, dtype=dtype, device=H.device)
-    loops.permute(H, reverse, A)
+    reversed_norms = norms[reverse]
+    loops.permute(H, reverse, 1 / reversed_norms, A)
     failed, inverses = dense.cholesky_(A)
     if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
         return A, inverses, failed
@@ -150,8 +164,14 @@ def _factor(H: Tensor, reverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, lis
     failed = failed | ~torch.isfinite(diagonals).all()
     U = A.to(torch.float32)
     del A
-    loops.turn_(U)
-    return U, [inverse.to(torch.float32).flip(0, 1) for inverse in reversed(inverses)], failed
+    ordered = reversed_norms.flip(0)
+    loops.turn_(U, ordered)
+    blocks = torch.split(1 / ordered, [len(inverse) for inverse in reversed(inverses)])
+    turned = [
+        inverse.to(torch.float32).flip(0, 1).mul_(columns)
+        for inverse, columns in zip(reversed(inverses), blocks, strict=True)
+    ]
+    return U, turned, failed
 
 
 @loops.tensor_cores()
@@ -169,15 +189,34 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
     first = len(factor.inverses[0])
     told = torch.empty(width - first, out, device=W.device)  # what the columns after the first span are told
+    unit = None
+    if dense.takes_halves(W):
+        largest = factor.norms.new_zeros(len(scale)).scatter_reduce_(0, group, factor.norms, "amax")
+        unit = _unit(scale * largest[:, None], spec.levels)
     for span, R in factor.spans():
         work = lost[span].clone()
         if span.start:
-            work.addmm_(R.T, told[span.start - first : span.stop - first])
+            heard = told[span.start - first : span.stop - first]
+            work.addmm_(R.T, heard if unit is None else heard.div_(unit))
         _compensate_span(work, scale, zero, group[span], R, spec.levels, q[span])
         if span.stop < width:
-            lost[span] -= work
-            told[span.stop - first :].addmm_(U[span, span.stop :].T, lost[span], beta=float(span.start > 0))
+            later, rest = told[span.stop - first :], U[span, span.stop :]
+            again = float(span.start > 0)
+            if unit is None:
+                lost[span] -= work
+                later.addmm_(rest.T, lost[span], beta=again)
+            else:
+                by = factor.norms[span]
+                lost_half = loops.halved(lost[span], by, unit, minus=work)
+                dense.halves_(later, loops.halved(rest, 1 / by).T, lost_half, beta=again)
     return loops.transposed_back(q, order)
+
+
+def _unit(scale: Tensor, levels: int) -> Tensor:
+    """Powers of two, float32 (out): times them, errors on a grid of `scale` (groups, out) are in the range of half
+    precision."""
+    # No weight is eight times as far from a grid as the grid is wide.
+    return loops.power_of_two(4096 / levels / scale.abs().amax(0).clamp(min=1e-30))
 
 
 def _compensate_span(
@@ -185,8 +224,9 @@ def _compensate_span(
 ) -> None:
     """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
     errors, turned, columns = torch.empty_like(work), R.T, len(work)
-    for start in range(0, columns, COLUMNS):
-        stop = min(start + COLUMNS, columns)
+    step = loops.TOGETHER if loops.takes_several(work, work.shape[1]) else COLUMNS
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
         if start:
             # What the earlier pieces left, all at once.
             work[start:stop].addmm_(turned[start:stop, :start], errors[:start], alpha=-1.0)
@@ -202,44 +242,52 @@ def descend(
     Each step sets one group's scale, then one integer at a time, to what minimizes the whole quadratic form with
     everything else held; the error never grows. H: the damped second moment (in, in), in the channels' own order.
     """
-    width = W.shape[1]
+    out, width = W.shape
     size = spec.group_size
-    gradient = H @ (W - dequantize(q, grid, size)).T  # (in, out)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    # What the products take for `H`: its rows in the norms of their channels, so that what is small only beside other
+    # rows keeps its bits. The gradient's rows are too, and all errors are in units of their own.
+    coupled, units, multiply_ = H, None, _multiply_
+    if dense.takes_halves(W):
+        by, unit, multiply_ = norms(H), _unit(scale, spec.levels), dense.halves_
+        most = by.amax(0, keepdim=True) / HEADROOM
+        coupled, units = loops.halved(H, 1 / (by * most)), (by * most, unit)
+        error = loops.halved_error(W, q, grid.scale, grid.zero, size, unit)
+    else:
+        error = (W - dequantize(q, grid, size)).T
+    gradient = torch.empty(width, out, device=W.device)
+    multiply_(gradient, coupled, error, beta=0.0)
+    del error
     integers = loops.transposed(q)
     dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
     spans = _spans(width, size)
-    changes = torch.empty(max(span[-1].stop - span[0].start for span in spans), W.shape[0], device=W.device)
-    missing = torch.empty(min(COLUMNS, size), W.shape[0], device=W.device)
+    deepest = max(span[-1].stop - span[0].start for span in spans)
+    changes = torch.empty(deepest, out, dtype=coupled.dtype, device=W.device)
+    missing = torch.empty(min(COLUMNS, size), out, device=W.device)
 
-    def views(part: slice, first: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        start, stop = part.start, part.stop
-        return (
-            (H[part, first:start], changes[: start - first], missing[: stop - start])
-            if start > first
-            else None
-        )
-
-    # Taken once for all sweeps: a kernel hardly runs longer than it takes to cut out what it works on.
-    pieces = [[(part, views(part, span[0].start)) for part in span] for span in spans]
+    several = loops.takes_several(W, out) and loops.are_even(spans[0])
     for sweep in range(sweeps):
-        for span, parts in zip(spans, pieces, strict=True):
+        for span in spans:
             first, last = span[0].start, span[-1].stop
-            for part, before in parts:
-                late = None
-                if before is not None:
-                    # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
-                    coupling, made, late = before
-                    torch.mm(coupling, made, out=late)
-                loops.descend_columns(
-                    gradient, late, scale, zero, H, spec.levels, integers, changes, dtypes,
-                    (part, first, part.start // size),
-                )  # fmt: skip
+            for pieces in [span] if several else [[piece] for piece in span]:
+                part = pieces[0]
+                state = gradient, scale, zero, H, spec.levels, integers, changes, dtypes
+                if part.start == first:
+                    loops.descend_pieces(*state, pieces, size, coupled, units)
+                    continue
+                # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
+                late = missing[: part.stop - part.start]
+                multiply_(late, coupled[part, first : part.start], changes[: part.start - first], beta=0.0)
+                loops.descend_columns(*state, late, (part, first, size), units)
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:
-                gradient[rest].addmm_(H[rest, first:last], changes[: last - first], alpha=-1.0)
+                multiply_(gradient[rest], coupled[rest, first:last], changes[: last - first], alpha=-1.0)
     return loops.transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
+
+
+def _multiply_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    out.addmm_(a, b, alpha=alpha, beta=beta)
 
 
 def _spans(width: int, size: int) -> list[list[slice]]:

@@ -81,12 +81,13 @@ class Beside:
         self.join()
 
     @contextmanager
-    def stream(self, worthwhile: bool = True) -> Iterator[None]:
-        """What is begun inside runs behind all that the caller's stream has been given; if not `worthwhile`, on it."""
-        if self._stream is None or not worthwhile:
+    def stream(self, *, behind: bool = True) -> Iterator[None]:
+        """What is begun inside runs beside the caller's stream; with `behind`, after all that it has been given."""
+        if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        if behind:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             yield
 
@@ -98,8 +99,8 @@ class Beside:
 
 @lru_cache(maxsize=64)
 def _beside(device: torch.device, stream: int) -> Any:
-    """Always the same one beside a stream: it keeps memory for its own next use."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    """Always the same one beside a stream: it keeps memory for its own next use. The others wait for what it does."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=8)

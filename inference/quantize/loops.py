@@ -107,8 +107,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, low
 
 
-def split_fourfold(x: Tensor, out: Tensor) -> None:
-    """`out` (m, 4 n) becomes `[high, low, high, high]` of what `split` makes of `x` (m, n).
+def split_fourfold(x: Tensor, out: Tensor, factor: float) -> None:
+    """`out` (m, 4 n), float16, becomes `[high, low, high, high]` of `factor x`, of `x` (m, n), as the sum of two.
 
     The products of the parts that count, low high + high low + high high, are then one product: of the last three
     quarters with the first three.
@@ -116,10 +116,12 @@ def split_fourfold(x: Tensor, out: Tensor) -> None:
     n = x.shape[1]
     if on_triton(x) and x.stride(1) == 1 and out.stride(1) == 1:
         grid = (x.shape[0], triton.cdiv(n, 1024))
-        _launch(_fourfold_kernel, grid, x, out, n, x.stride(0), out.stride(0), warps=4, N=1024)
+        _launch(_fourfold_kernel, grid, x, out, n, x.stride(0), out.stride(0), factor, warps=4, N=1024)
         return
-    _split_torch(x, out[:, :n], out[:, n : 2 * n])
-    out[:, 2 * n :] = out[:, :n].repeat(1, 2)
+    scaled = x * factor
+    high = scaled.to(torch.float16)
+    for at, part in enumerate((high, (scaled - high).to(torch.float16), high, high)):
+        out[:, at * n : (at + 1) * n] = part
 
 
 def _split_torch(x: Tensor, high: Tensor, low: Tensor) -> None:
@@ -147,23 +149,114 @@ def _split_kernel(x, high, low, columns, x_stride, stride, N: tl.constexpr):  # 
 
 
 @_jit
-def _fourfold_kernel(x, out, columns, x_stride, stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _fourfold_kernel(x, out, columns, x_stride, stride, factor, N: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * N + tl.arange(0, N)
     inside = column < columns
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
-    kept = _tf32(value)
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0) * factor
+    high = value.to(tl.float16)
     to = out + row * stride + column
-    tl.store(to, kept, mask=inside)
-    tl.store(to + columns, value - kept, mask=inside)
-    tl.store(to + 2 * columns, kept, mask=inside)
-    tl.store(to + 3 * columns, kept, mask=inside)
+    tl.store(to, high, mask=inside)
+    tl.store(to + columns, (value - high.to(tl.float32)).to(tl.float16), mask=inside)
+    tl.store(to + 2 * columns, high, mask=inside)
+    tl.store(to + 3 * columns, high, mask=inside)
 
 
 def _split_triton(x: Tensor, high: Tensor, low: Tensor) -> None:
     rows, columns = x.shape
     grid = (rows, triton.cdiv(columns, 1024))
     _launch(_split_kernel, grid, x, high, low, columns, x.stride(0), high.stride(0), warps=4, N=1024)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Half precision, of numbers brought to its range by powers of two: as many bits as TF32 has, at twice its speed.
+
+HALF_MAX = 65504.0
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The power of two at or below each number; float32, positive. By it a number is multiplied without rounding."""
+    return (x.clamp(min=1e-30).view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def halved(x: Tensor, rows: Tensor, columns: Tensor | None = None, minus: Tensor | None = None) -> Tensor:
+    """`(x - minus) rows[:, None] columns`, (m, n), as float16; what is past its range becomes its largest number."""
+    out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    if on_triton(x) and x.stride(1) == 1 and (minus is None or minus.stride(1) == 1):
+        m, n = x.shape
+        other = x if minus is None else minus
+        _launch(
+            _halved_kernel, (m, triton.cdiv(n, 1024)),
+            x, other, rows, rows if columns is None else columns, out, n, x.stride(0), other.stride(0), warps=4,
+            MINUS=minus is not None, COLUMNS=columns is not None, N=1024,
+        )  # fmt: skip
+        return out
+    value = (x if minus is None else x - minus) * rows[:, None]
+    return out.copy_((value if columns is None else value * columns).clamp_(-HALF_MAX, HALF_MAX))
+
+
+@_jit
+def _half(value):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16)
+
+
+@_jit
+def _halved_kernel(  # type: ignore[no-untyped-def]
+    x, minus, rows, columns, out, n, x_stride, minus_stride, MINUS: tl.constexpr, COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    inside = column < n
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    if MINUS:
+        value -= tl.load(minus + row * minus_stride + column, mask=inside, other=0.0)
+    value *= tl.load(rows + row)
+    if COLUMNS:
+        value *= tl.load(columns + column, mask=inside, other=1.0)
+    tl.store(out + row * n + column, _half(value), mask=inside)
+
+
+def halved_error(W: Tensor, q: Tensor, scale: Tensor, zero: Tensor, size: int, columns: Tensor) -> Tensor:
+    """`(W - V)^T columns` as float16 (in, out), what is past its range as its largest number.
+
+    W: (out, in); V: what the integers `q`, uint8 (out, in), stand for in groups of `size`, whose scales and zeros
+    are (out, groups).
+    """
+    if on_triton(W):
+        out, width = W.shape
+        _contiguous_rows(W, q, scale, zero)
+        result = torch.empty(width, out, dtype=torch.float16, device=W.device)
+        _launch(
+            _error_kernel, (triton.cdiv(out, 64), triton.cdiv(width, 64)),
+            W, q, scale, zero, columns, result, out, width, size, W.stride(0), q.stride(0), scale.stride(0),
+            zero.stride(0), warps=4, N=64,
+        )  # fmt: skip
+        return result
+    V = (q.reshape(len(q), -1, size) - zero.unsqueeze(2)).mul_(scale.unsqueeze(2)).reshape(q.shape)
+    return halved(W - V, columns).T
+
+
+@_jit
+def _error_kernel(  # type: ignore[no-untyped-def]
+    W, q, scale, zero, columns, result, out, width, size, W_stride, q_stride, scale_stride, zero_stride,
+    N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    column = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    inside, within = row < out, column < width
+    mask = inside[:, None] & within[None, :]
+    group = column // size
+    s = tl.load(scale + row[:, None] * scale_stride + group[None, :], mask=mask, other=1.0)
+    z = tl.load(zero + row[:, None] * zero_stride + group[None, :], mask=mask, other=0.0)
+    steps = tl.load(q + row[:, None] * q_stride + column[None, :], mask=mask, other=0).to(tl.float32) - z
+    value = tl.load(W + row[:, None] * W_stride + column[None, :], mask=mask, other=0.0) - steps * s
+    value *= tl.load(columns + row, mask=inside, other=1.0)[:, None]
+    tl.store(
+        result + column[:, None] * out + row[None, :],
+        tl.trans(_half(value)),
+        mask=within[:, None] & inside[None, :],
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -223,20 +316,22 @@ def _transpose_triton(x: Tensor, y: Tensor, taken: Tensor | None = None, to: Ten
     return y
 
 
-def permute(H: Tensor, order: Tensor, out: Tensor) -> None:
-    """`out <- H[order][:, order]`, (n, n), `out` of any dtype."""
+def permute(H: Tensor, order: Tensor, factor: Tensor, out: Tensor) -> None:
+    """`out_ij <- H_kl factor_i factor_j` where `k = order_i`, `l = order_j`: (n, n), `out` of any dtype."""
     if on_triton(H) and H.stride(1) == 1 and out.stride(1) == 1:
         n = len(order)
-        _launch(_permute_kernel, (n,), H, out, order, n, H.stride(0), out.stride(0), warps=16, N=2048)
+        strides = H.stride(0), out.stride(0)
+        _launch(_permute_kernel, (n,), H, out, order, factor, n, *strides, warps=16, N=2048)
         return
     for start in range(0, len(order), STRIP):
         part = slice(start, start + STRIP)
-        out[part] = H[order[part]][:, order]
+        out[part] = H[order[part]][:, order] * factor[part, None] * factor
 
 
 @_jit
-def _permute_kernel(x, y, order, n, x_stride, y_stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _permute_kernel(x, y, order, factor, n, x_stride, y_stride, N: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
+    by = tl.load(factor + row)
     x += tl.load(order + row) * x_stride
     y += row * y_stride
     # One program has the whole row, so that what it takes in disorder lies in its cache.
@@ -244,16 +339,16 @@ def _permute_kernel(x, y, order, n, x_stride, y_stride, N: tl.constexpr):  # typ
         column = start + tl.arange(0, N)
         inside = column < n
         source = tl.load(order + column, mask=inside, other=0)
-        value = tl.load(x + source, mask=inside, other=0.0)
+        value = tl.load(x + source, mask=inside, other=0.0) * by
+        value *= tl.load(factor + column, mask=inside, other=1.0)
         tl.store(y + column, value.to(y.dtype.element_ty), mask=inside)
 
 
-def turn_(A: Tensor) -> None:
-    """`A <- A.flip(0, 1)`, (n, n), in place."""
+def turn_(A: Tensor, factor: Tensor) -> None:
+    """`A <- factor[:, None] A.flip(0, 1)`, (n, n), in place."""
     n = A.shape[0]
     if on_triton(A) and A.is_contiguous():
-        half = (n * n + 1) // 2
-        _launch(_turn_kernel, (triton.cdiv(half, 1024),), A, half, n * n, warps=4, N=1024)
+        _launch(_turn_kernel, (triton.cdiv(n, 2), triton.cdiv(n, 1024)), A, factor, n, warps=4, N=1024)
         return
     # A strip and its mirror image at a time.
     for a in range(0, n, STRIP):
@@ -265,17 +360,19 @@ def turn_(A: Tensor) -> None:
         upper = A[a:b].flip(0, 1)
         A[a:b] = A[n - b : n - a].flip(0, 1)
         A[n - b : n - a] = upper
+    A.mul_(factor[:, None])
 
 
 @_jit
-def _turn_kernel(A, half, count, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Turned round in both dimensions is turned round as a row of numbers.
-    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    inside = at < half
-    first = tl.load(A + at, mask=inside)
-    last = tl.load(A + (count - 1 - at), mask=inside)
-    tl.store(A + at, last, mask=inside)
-    tl.store(A + (count - 1 - at), first, mask=inside)
+def _turn_kernel(A, factor, n, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    # The middle row is its own mirror image: half of it takes the other half's place.
+    inside = column < tl.where(2 * row + 1 == n, (n + 1) // 2, n)
+    here, there = A + row * n + column, A + (n - 1 - row) * n + (n - 1 - column)
+    first, last = tl.load(here, mask=inside), tl.load(there, mask=inside)
+    tl.store(here, last * tl.load(factor + row), mask=inside)
+    tl.store(there, first * tl.load(factor + (n - 1 - row)), mask=inside)
 
 
 def divide_(H: Tensor, scale: Tensor) -> None:
@@ -303,6 +400,9 @@ def _divide_kernel(H, scale, n, stride, N: tl.constexpr):  # type: ignore[no-unt
 # What the loops over columns share. They go in steps of `SUB` columns: inside a step only its own columns hear of each
 # other at once, in registers; a product then tells the rest of the piece.
 
+COLUMNS = 128  # of a piece, at most: what a tile holds
+FEW = 8192  # rows of weights at most that one kernel takes through several pieces
+TOGETHER = 512  # columns at most that it rounds so, and tells each other of
 SUB = 16  # the least that a product on the tensor cores takes
 ROWS = 16  # rows of the weights in a tile, for one warp: tiles of a step are square
 
@@ -363,7 +463,8 @@ def compensate_columns(
     errors: Tensor,
     part: slice | None = None,
 ) -> None:
-    """Rounds `c` columns (at most 128) one after another, each error spread over the columns after it.
+    """Rounds `c` columns one after another, each error spread over the columns after it: at most `COLUMNS`, or several
+    times as many where `takes_several`, which then tell each other with TF32's digits.
 
     work: float32 (c, out), a column of W a row, overwritten with the rounded values. scale, zero: (groups,
     out). group: int64 (c), each column's group. R: (c, c) upper; what lies below is not read. Written: q, uint8
@@ -377,6 +478,15 @@ def compensate_columns(
     if part is not None:
         work, group, R, q, errors = work[part], group[part], R[part, part], q[part], errors[part]
     _compensate_columns_torch(work, scale, zero, group, R, levels, q, errors)
+
+
+def takes_several(tensor: Tensor, rows: int) -> bool:
+    """Whether kernels do well with several pieces of so many rows of weights at once, where `tensor` is.
+
+    With few rows a kernel has little to do in a piece: waiting takes longer, for its own start and for the library's
+    product before it. With many, that product is better than the kernel's own.
+    """
+    return on_triton(tensor) and rows <= FEW
 
 
 def _compensate_columns_torch(
@@ -414,49 +524,66 @@ def _compensate_columns_torch(
 
 @_jit
 def _compensate_kernel(  # type: ignore[no-untyped-def]
-    work, errors, q, scale, zero, group, R, columns, out, work_stride, errors_stride, q_stride, scale_stride,
-    zero_stride, R_stride, work_at, errors_at, q_at, group_at, R_at, levels, C: tl.constexpr, S: tl.constexpr,
-    B: tl.constexpr,
+    work, errors, q, scale, zero, group, R, begin, end, out, work_stride, errors_stride, q_stride, scale_stride,
+    zero_stride, R_stride, levels, SPAN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
-    work, errors, q, group, R = work + work_at, errors + errors_at, q + q_at, group + group_at, R + R_at
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
     i = tl.arange(0, S)
-    there = k < columns
-    tile = tl.load(
-        work + k[:, None] * work_stride + row[None, :], mask=there[:, None] & inside[None, :], other=0.0
-    )
-    for start in range(0, C, S):
-        part = start + i
-        present = part < columns
-        mask = present[:, None] & inside[None, :]
-        # All that the loop needs is in registers before it starts; R is read turned round, (later, earlier).
-        index = tl.load(group + part, mask=present, other=0).to(tl.int64)
-        s = tl.load(scale + index[:, None] * scale_stride + row[None, :], mask=mask, other=1.0)
-        z = tl.load(zero + index[:, None] * zero_stride + row[None, :], mask=mask, other=0.0)
-        diagonal = tl.load(R + part * (R_stride + 1), mask=present, other=1.0)
-        later = (part[:, None] > part[None, :]) & present[:, None]
-        block = tl.load(R + part[None, :] * R_stride + part[:, None], mask=later, other=0.0)
-        after = (k[:, None] >= start + S) & there[:, None]
-        panel = tl.load(R + part[None, :] * R_stride + k[:, None], mask=after, other=0.0)
-        # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the loop.
-        block = tl.div_rn(block, tl.zeros_like(block) + diagonal[None, :])
-        inverse = tl.div_rn(tl.full((S, B), 1.0, tl.float32), s)
-        y = tl.div_rn(_part(tile, start // S, C, S, B), s)
-        low, high = -z, levels - z
-        for j in range(S):
-            at = i == j
-            # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
-            error = _row((y - _nearest(y, low, high)) * s, at)
-            y -= tl.sum(tl.where(at[None, :], block, 0.0), axis=1)[:, None] * error[None, :] * inverse
-        # A row is left alone after its own turn, so that here each is what it was then.
-        u = _nearest(y, low, high)
-        over = tl.div_rn((y - u) * s, tl.zeros_like(y) + diagonal[:, None])
-        tl.store(q + part[:, None] * q_stride + row[None, :], (u + z).to(tl.uint8), mask=mask)
-        tl.store(work + part[:, None] * work_stride + row[None, :], u * s, mask=mask)
-        tl.store(errors + part[:, None] * errors_stride + row[None, :], over, mask=mask)
-        tile = tl.dot(-panel, over, tile, input_precision="tf32x3")
+    for first in range(begin, end, C):
+        at = tl.cast(first, tl.int64)
+        columns = end - first
+        W, E, Q, G = work + at * work_stride, errors + at * errors_stride, q + at * q_stride, group + at
+        there = k < columns
+        tile = tl.load(
+            W + k[:, None] * work_stride + row[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
+        if SPAN:
+            heard = tl.zeros((C, B), tl.float32)
+            for earlier in range(begin, first, K):
+                e = earlier + tl.arange(0, K)
+                told = tl.load(R + e[None, :] * R_stride + (at + k)[:, None], mask=there[:, None], other=0.0)
+                left = tl.load(
+                    errors + e[:, None] * errors_stride + row[None, :], mask=inside[None, :], other=0.0
+                )
+                heard = tl.dot(told, left, heard, input_precision="tf32")
+            tile -= heard
+        D = R + at * (R_stride + 1)
+        for start in range(0, C, S):
+            part = start + i
+            present = part < columns
+            mask = present[:, None] & inside[None, :]
+            # All that the loop needs is in registers before it starts; R is read turned round, (later, earlier).
+            index = tl.load(G + part, mask=present, other=0).to(tl.int64)
+            s = tl.load(scale + index[:, None] * scale_stride + row[None, :], mask=mask, other=1.0)
+            z = tl.load(zero + index[:, None] * zero_stride + row[None, :], mask=mask, other=0.0)
+            diagonal = tl.load(D + part * (R_stride + 1), mask=present, other=1.0)
+            later = (part[:, None] > part[None, :]) & present[:, None]
+            block = tl.load(D + part[None, :] * R_stride + part[:, None], mask=later, other=0.0)
+            after = (k[:, None] >= start + S) & there[:, None]
+            panel = tl.load(D + part[None, :] * R_stride + k[:, None], mask=after, other=0.0)
+            # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the
+            # loop.
+            block = tl.div_rn(block, tl.zeros_like(block) + diagonal[None, :])
+            inverse = tl.div_rn(tl.full((S, B), 1.0, tl.float32), s)
+            y = tl.div_rn(_part(tile, start // S, C, S, B), s)
+            low, high = -z, levels - z
+            for j in range(S):
+                own = i == j
+                # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
+                error = _row((y - _nearest(y, low, high)) * s, own)
+                y -= tl.sum(tl.where(own[None, :], block, 0.0), axis=1)[:, None] * error[None, :] * inverse
+            # A row is left alone after its own turn, so that here each is what it was then.
+            u = _nearest(y, low, high)
+            over = tl.div_rn((y - u) * s, tl.zeros_like(y) + diagonal[:, None])
+            tl.store(Q + part[:, None] * q_stride + row[None, :], (u + z).to(tl.uint8), mask=mask)
+            tl.store(W + part[:, None] * work_stride + row[None, :], u * s, mask=mask)
+            tl.store(E + part[:, None] * errors_stride + row[None, :], over, mask=mask)
+            tile = tl.dot(-panel, over, tile, input_precision="tf32x3")
+        if SPAN:
+            tl.debug_barrier()  # what one thread wrote of the errors the others read
 
 
 def _compensate_columns_triton(
@@ -472,14 +599,13 @@ def _compensate_columns_triton(
 ) -> None:
     rows, out = work.shape
     start, stop = (0, rows) if part is None else (part.start, part.stop)
-    columns = stop - start
+    whole = stop - start > COLUMNS
     _contiguous_rows(work, scale, zero, R, q, errors)
-    strides = work.stride(0), errors.stride(0), q.stride(0)
     _launch(
         _compensate_kernel, (triton.cdiv(out, ROWS),),
-        work, errors, q, scale, zero, group.contiguous(), R, columns, out, *strides, scale.stride(0),
-        zero.stride(0), R.stride(0), *(start * stride for stride in (*strides, 1, R.stride(0) + 1)), float(levels),
-        warps=1, C=_padded(columns), S=SUB, B=ROWS,
+        work, errors, q, scale, zero, group.contiguous(), R, start, stop, out, work.stride(0), errors.stride(0),
+        q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels), warps=1, SPAN=whole,
+        C=COLUMNS if whole else _padded(stop - start), S=SUB, B=ROWS, K=32,
     )  # fmt: skip
 
 
@@ -489,7 +615,6 @@ def _compensate_columns_triton(
 
 def descend_columns(
     gradient: Tensor,
-    missing: Tensor | None,
     scale: Tensor,
     zero: Tensor,
     H: Tensor,
@@ -497,31 +622,37 @@ def descend_columns(
     q: Tensor,
     delta: Tensor,
     refit: tuple[torch.dtype, ...] | None,
+    missing: Tensor | None = None,
     within: tuple[slice, int, int] | None = None,
+    units: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """One pass of coordinate descent over `c` columns (at most 128) of one group, all tensors a column a row.
 
     gradient: float32 (c, out), which without `missing` (c, out) is `H (w - v)` for these columns; neither is changed.
     scale, zero: (out). H: (c, c), symmetric. q: uint8 (c, out), updated. refit: what a scale must survive a cast to;
     the group's scale is then set first, in place, to the best for the integers, but where rounding it would lose.
-    Written: delta, float32 (c, out), the change of the values, for the gradient, of these columns too.
+    Written: delta, float32 or float16 (c, out), the change of the values, for the gradient, of these columns too.
+
+    units: `a`, float32 (c), and `b` (out), powers of two: `gradient` and `missing` are to be taken times `a_k / b_r`,
+    and delta is told times `b_r`.
 
     within: where all but `missing` have more columns, and `scale` and `zero` are (groups, out): which columns are
-    meant, which column `delta` begins with, and the group. Cutting them out takes as long as a kernel.
+    meant, which column `delta` begins with, and how many a group has. Cutting them out takes as long as a kernel.
     """
     if on_triton(gradient):
-        _descend_columns_triton(gradient, missing, scale, zero, H, levels, q, delta, refit, within)
+        _descend_columns_triton(gradient, scale, zero, H, levels, q, delta, refit, missing, within, units)
         return
     if within is not None:
-        part, first, index = within
+        part, first, size = within
+        index = part.start // size
         gradient, H, q = gradient[part], H[part, part], q[part]
         scale, zero, delta = scale[index], zero[index], delta[part.start - first : part.stop - first]
-    _descend_columns_torch(gradient, missing, scale, zero, H, levels, q, delta, refit)
+        units = None if units is None else (units[0][part], units[1])
+    _descend_columns_torch(gradient, scale, zero, H, levels, q, delta, refit, missing, units)
 
 
 def _descend_columns_torch(
     gradient: Tensor,
-    missing: Tensor | None,
     scale: Tensor,
     zero: Tensor,
     H: Tensor,
@@ -529,9 +660,13 @@ def _descend_columns_torch(
     q: Tensor,
     delta: Tensor,
     refit: tuple[torch.dtype, ...] | None,
+    missing: Tensor | None = None,
+    units: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     columns = q.shape[0]
     g = gradient.clone() if missing is None else gradient - missing
+    if units is not None:
+        g *= units[0][:, None] / units[1]
     u = q.to(g.dtype) - zero
     before = scale.clone()
     if refit is not None:
@@ -556,88 +691,117 @@ def _descend_columns_torch(
             target[j + 1 :].addr_(block[j + 1 :, j], steps[j], alpha=-1.0)
         new = old + steps
         q[start:stop] = (new + zero).to(torch.uint8)
-        delta[start:stop] = new * scale - old * before
+        change = new * scale - old * before
+        if units is not None:
+            change = (change * units[1]).clamp_(-HALF_MAX, HALF_MAX)
+        delta[start:stop] = change
         if stop < columns:
             g[stop:].addmm_(H[stop:, start:stop], steps, alpha=-1.0)
 
 
 @_jit
 def _descend_kernel(  # type: ignore[no-untyped-def]
-    gradient, missing, q, delta, scale, zero, H, columns, out, gradient_stride, missing_stride, q_stride,
-    delta_stride, H_stride, gradient_at, q_at, delta_at, scale_at, zero_at, H_at, levels, MISSING: tl.constexpr,
-    REFIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr,
-    B: tl.constexpr,
+    gradient, missing, q, delta, scale, zero, H, coupled, column_units, row_units, begin, end, told, columns, size,
+    out, gradient_stride, missing_stride, q_stride, delta_stride, scale_stride, zero_stride, H_stride,
+    coupled_stride, levels, MISSING: tl.constexpr, SPAN: tl.constexpr, UNITS: tl.constexpr, REFIT: tl.constexpr,
+    HALF: tl.constexpr, BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    gradient, q, delta, H = gradient + gradient_at, q + q_at, delta + delta_at, H + H_at
-    scale, zero = scale + scale_at, zero + zero_at
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < out
     k = tl.arange(0, C)
     i = tl.arange(0, S)
     there = k < columns
     mask = there[:, None] & inside[None, :]
-    tile = tl.load(gradient + k[:, None] * gradient_stride + row[None, :], mask=mask, other=0.0)
-    if MISSING:
-        tile -= tl.load(missing + k[:, None] * missing_stride + row[None, :], mask=mask, other=0.0)
-    before = tl.load(scale + row, mask=inside, other=1.0)
-    z = tl.load(zero + row, mask=inside, other=0.0)
-    s = before
-    if REFIT:
-        Hu = tl.zeros((C, B), tl.float32)
+    for first in range(begin, end, columns):
+        at = tl.cast(first, tl.int64)
+        G, Q, D = gradient + at * gradient_stride, q + at * q_stride, delta + (at - told) * delta_stride
+        M = H + at * (H_stride + 1)
+        scales, zeros = scale + at // size * scale_stride, zero + at // size * zero_stride
+        tile = tl.load(G + k[:, None] * gradient_stride + row[None, :], mask=mask, other=0.0)
+        if MISSING:
+            tile -= tl.load(missing + k[:, None] * missing_stride + row[None, :], mask=mask, other=0.0)
+        if SPAN:
+            # What the earlier pieces of the span changed.
+            heard = tl.zeros((C, B), tl.float32)
+            for earlier in range(0, first - begin, K):
+                e = earlier + tl.arange(0, K)
+                few = tl.load(
+                    coupled + (at + k)[:, None] * coupled_stride + (begin + e)[None, :],
+                    mask=there[:, None],
+                    other=0.0,
+                )
+                made = tl.load(
+                    delta + e[:, None] * delta_stride + row[None, :], mask=inside[None, :], other=0.0
+                )
+                heard = tl.dot(few, made, heard, input_precision="tf32")
+            tile -= heard
+        if UNITS:
+            unit = tl.load(row_units + row, mask=inside, other=1.0)
+            tile *= tl.load(column_units + at + k, mask=there, other=1.0)[:, None]
+            tile *= tl.div_rn(tl.full((B,), 1.0, tl.float32), unit)[None, :]
+        before = tl.load(scales + row, mask=inside, other=1.0)
+        z = tl.load(zeros + row, mask=inside, other=0.0)
+        s = before
+        if REFIT:
+            Hu = tl.zeros((C, B), tl.float32)
+            for start in range(0, C, S):
+                part = start + i
+                present = part < columns
+                panel = tl.load(
+                    M + k[:, None] * H_stride + part[None, :],
+                    mask=there[:, None] & present[None, :],
+                    other=0.0,
+                )
+                some = present[:, None] & inside[None, :]
+                some_q = tl.load(Q + part[:, None] * q_stride + row[None, :], mask=some, other=0).to(
+                    tl.float32
+                )
+                Hu = _add_product(Hu, panel, tl.where(some, some_q - z[None, :], 0.0))
+            u = tl.load(Q + k[:, None] * q_stride + row[None, :], mask=mask, other=0).to(tl.float32)
+            u = tl.where(mask, u - z[None, :], 0.0)
+            slope, curve = tl.sum(u * tile, axis=0), tl.sum(u * Hu, axis=0)
+            fresh = _representable(before + tl.div_rn(slope, tl.maximum(curve, 1e-30)), HALF, BRAIN)
+            change = fresh - before
+            # A rounded step may overshoot: keep it only where the quadratic form falls.
+            s = tl.where(2 * change * slope - change * change * curve > 0, fresh, before)
+            tile -= Hu * (s - before)[None, :]
+            tl.store(scales + row, s, mask=inside)
+        # In steps of the grid the integers are all that counts, and no division is left.
+        tile *= tl.div_rn(tl.full((B,), 1.0, tl.float32), s)[None, :]
+        low, high = -z[None, :], levels - z[None, :]
         for start in range(0, C, S):
             part = start + i
             present = part < columns
-            panel = tl.load(
-                H + k[:, None] * H_stride + part[None, :], mask=there[:, None] & present[None, :], other=0.0
-            )
             some = present[:, None] & inside[None, :]
-            few = tl.load(q + part[:, None] * q_stride + row[None, :], mask=some, other=0).to(tl.float32)
-            Hu = _add_product(Hu, panel, tl.where(some, few - z[None, :], 0.0))
-        u = tl.load(q + k[:, None] * q_stride + row[None, :], mask=mask, other=0).to(tl.float32)
-        u = tl.where(mask, u - z[None, :], 0.0)
-        slope, curve = tl.sum(u * tile, axis=0), tl.sum(u * Hu, axis=0)
-        fresh = _representable(before + tl.div_rn(slope, tl.maximum(curve, 1e-30)), HALF, BRAIN)
-        change = fresh - before
-        # A rounded step may overshoot: keep it only where the quadratic form falls.
-        s = tl.where(2 * change * slope - change * change * curve > 0, fresh, before)
-        tile -= Hu * (s - before)[None, :]
-        tl.store(scale + row, s, mask=inside)
-    # In steps of the grid the integers are all that counts, and no division is left.
-    tile *= tl.div_rn(tl.full((B,), 1.0, tl.float32), s)[None, :]
-    low, high = -z[None, :], levels - z[None, :]
-    for start in range(0, C, S):
-        part = start + i
-        present = part < columns
-        some = present[:, None] & inside[None, :]
-        diagonal = tl.load(H + part * (H_stride + 1), mask=present, other=1.0)
-        later = (part[:, None] > part[None, :]) & present[:, None]
-        block = tl.load(H + part[:, None] * H_stride + part[None, :], mask=later, other=0.0)
-        old = tl.load(q + part[:, None] * q_stride + row[None, :], mask=some, other=0).to(tl.float32)
-        after = (k[:, None] >= start + S) & there[:, None] & present[None, :]
-        panel = tl.load(H + k[:, None] * H_stride + part[None, :], mask=after, other=0.0)
-        old = tl.where(some, old - z[None, :], 0.0)
-        inverse = tl.div_rn(tl.full((S,), 1.0, tl.float32), diagonal)[:, None]
-        block *= inverse
-        target = old + _part(tile, start // S, C, S, B) * inverse
-        for j in range(S):
-            at = i == j
-            # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
-            change_j = _row(_nearest(target, low, high) - old, at)
-            target -= tl.sum(tl.where(at[None, :], block, 0.0), axis=1)[:, None] * change_j[None, :]
-        # A row is left alone after its own turn, so that here each is what it was then.
-        new = _nearest(target, low, high)
-        tl.store(q + part[:, None] * q_stride + row[None, :], (new + z[None, :]).to(tl.uint8), mask=some)
-        tl.store(
-            delta + part[:, None] * delta_stride + row[None, :],
-            new * s[None, :] - old * before[None, :],
-            mask=some,
-        )
-        tile = _add_product(tile, -panel, new - old)
+            diagonal = tl.load(M + part * (H_stride + 1), mask=present, other=1.0)
+            later = (part[:, None] > part[None, :]) & present[:, None]
+            block = tl.load(M + part[:, None] * H_stride + part[None, :], mask=later, other=0.0)
+            old = tl.load(Q + part[:, None] * q_stride + row[None, :], mask=some, other=0).to(tl.float32)
+            after = (k[:, None] >= start + S) & there[:, None] & present[None, :]
+            panel = tl.load(M + k[:, None] * H_stride + part[None, :], mask=after, other=0.0)
+            old = tl.where(some, old - z[None, :], 0.0)
+            inverse = tl.div_rn(tl.full((S,), 1.0, tl.float32), diagonal)[:, None]
+            block *= inverse
+            target = old + _part(tile, start // S, C, S, B) * inverse
+            for j in tl.static_range(S):
+                own = i == j
+                # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
+                change_j = _row(_nearest(target, low, high) - old, own)
+                target -= tl.sum(tl.where(own[None, :], block, 0.0), axis=1)[:, None] * change_j[None, :]
+            # A row is left alone after its own turn, so that here each is what it was then.
+            new = _nearest(target, low, high)
+            tl.store(Q + part[:, None] * q_stride + row[None, :], (new + z[None, :]).to(tl.uint8), mask=some)
+            step = new * s[None, :] - old * before[None, :]
+            if UNITS:
+                step = _half(step * unit[None, :])
+            tl.store(D + part[:, None] * delta_stride + row[None, :], step, mask=some)
+            tile = _add_product(tile, -panel, new - old)
+        if SPAN:
+            tl.debug_barrier()  # what one thread wrote of the changes the others read
 
 
 def _descend_columns_triton(
     gradient: Tensor,
-    missing: Tensor | None,
     scale: Tensor,
     zero: Tensor,
     H: Tensor,
@@ -645,10 +809,12 @@ def _descend_columns_triton(
     q: Tensor,
     delta: Tensor,
     refit: tuple[torch.dtype, ...] | None,
+    missing: Tensor | None = None,
     within: tuple[slice, int, int] | None = None,
+    units: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     rows, out = q.shape
-    part, first, group = (slice(0, rows), 0, 0) if within is None else within
+    part, first, size = (slice(0, rows), 0, rows) if within is None else within
     start, columns = part.start, part.stop - part.start
     other = gradient if missing is None else missing
     if within is None:
@@ -657,11 +823,54 @@ def _descend_columns_triton(
     half, brain = _casts(refit or ())
     _launch(
         _descend_kernel, (triton.cdiv(out, ROWS),),
-        gradient, other, q, delta, scale, zero, H, columns, out, gradient.stride(0), other.stride(0),
-        q.stride(0), delta.stride(0), H.stride(0), start * gradient.stride(0), start * q.stride(0),
-        (start - first) * delta.stride(0), group * scale.stride(0), group * zero.stride(0),
-        start * (H.stride(0) + 1), float(levels), warps=1, MISSING=missing is not None,
-        REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS,
+        gradient, other, q, delta, scale, zero, H, H, *(units or (H, H)), start, start + columns, first, columns,
+        size, out, gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0), scale.stride(0),
+        zero.stride(0), H.stride(0), H.stride(0), float(levels), warps=1, MISSING=missing is not None, SPAN=False,
+        UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS,
+        K=SUB,
+    )  # fmt: skip
+
+
+def are_even(pieces: list[slice]) -> bool:
+    """Whether a kernel takes these pieces at once: all of as many columns, a power of two that a tile holds."""
+    widths = {piece.stop - piece.start for piece in pieces}
+    return len(widths) == 1 and _padded(min(widths)) in widths
+
+
+def descend_pieces(
+    gradient: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
+    pieces: list[slice],
+    size: int,
+    coupled: Tensor,
+    units: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """`descend_columns` for a piece with which `delta` begins; or for several one after another, where `takes_several`
+    and `are_even`: what one misses of the gradient, for the changes of those before, is computed when its turn comes.
+
+    coupled: `H` (in, in) as those products take it, for a gradient in `units`. size: columns of a group.
+    """
+    out, begin, end = q.shape[1], pieces[0].start, pieces[-1].stop
+    if not on_triton(gradient) or not are_even(pieces):
+        (part,) = pieces
+        descend_columns(gradient, scale, zero, H, levels, q, delta, refit, None, (part, begin, size), units)
+        return
+    columns = pieces[0].stop - begin
+    _contiguous_rows(gradient, H, coupled, q, delta, scale, zero)
+    half, brain = _casts(refit or ())
+    _launch(
+        _descend_kernel, (triton.cdiv(out, ROWS),),
+        gradient, gradient, q, delta, scale, zero, H, coupled, *(units or (H, H)), begin, end, begin, columns,
+        size, out, gradient.stride(0), gradient.stride(0), q.stride(0),
+        delta.stride(0), scale.stride(0), zero.stride(0), H.stride(0), coupled.stride(0), float(levels), warps=1,
+        MISSING=False, SPAN=True, UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain,
+        C=_padded(columns), S=SUB, B=ROWS, K=min(columns, 64 if coupled.dtype == torch.float16 else 32),
     )  # fmt: skip
 
 

@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCKS = 8  # block rows of a wide H: 36 of 64 blocks are computed
+from dense import halves_, takes_halves
+
+BLOCKS = 8  # block rows of a wide H at least: 36 of 64 blocks are computed
+BLOCK = 1024  # rows of a block at most: the wider H is, the smaller is the part computed in vain
 WIDE = 2048  # below this one product is faster than several
 CHUNK = 8192  # tokens that are widened to float32 at a time, where the device has no mixed product
-
-
-def _mixed_product() -> bool:
-    """Whether this torch has `addmm` of half-precision inputs into a float32 output (2.8 and later)."""
-    return hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class SecondMoment:
@@ -34,7 +32,7 @@ class SecondMoment:
         self.tokens = 0
         self._sum = torch.zeros(width, width, dtype=torch.float32, device=device)
         self._finished = False
-        step = -(-width // BLOCKS) if width >= WIDE else width
+        step = min(-(-width // BLOCKS), BLOCK) if width >= WIDE else width
         step = -(-step // 128) * 128  # whole tiles
         self._edges = [(a, min(a + step, width)) for a in range(0, width, step)]
 
@@ -44,7 +42,7 @@ class SecondMoment:
             raise RuntimeError("finish() was called: this second moment takes no more tokens")
         x = x.detach().reshape(-1, self.width)
         self.tokens += x.shape[0]
-        if x.dtype != torch.float32 and x.is_cuda and _mixed_product():
+        if x.dtype != torch.float32 and takes_halves(x):
             self._accumulate(x)
             return
         for start in range(0, x.shape[0], CHUNK):
@@ -58,7 +56,7 @@ class SecondMoment:
             if x.dtype == torch.float32:
                 block.addmm_(left, right)
             else:
-                torch.ops.aten.addmm.dtype_out(block, left, right, torch.float32, out=block)
+                halves_(block, left, right)
 
     def finite(self) -> bool:
         """Whether no NaN and no infinity came in, and no sum overflowed.
@@ -109,8 +107,8 @@ class CrossMoment:
     def add(self, y: Tensor, x: Tensor) -> None:
         """Counts the tokens of `y` (tokens, outputs) and `x` (tokens, width), of one dtype and device."""
         self.tokens += x.shape[0]
-        if x.dtype != torch.float32 and x.is_cuda and _mixed_product():
-            torch.ops.aten.addmm.dtype_out(self._sum, y.T, x, torch.float32, out=self._sum)
+        if x.dtype != torch.float32 and takes_halves(x):
+            halves_(self._sum, y.T, x)
             return
         for start in range(0, x.shape[0], CHUNK):
             self._sum.addmm_(y[start : start + CHUNK].float().T, x[start : start + CHUNK].float())

@@ -212,12 +212,11 @@ def _side_by_side(
         with lanes.lane(index, after=scaling.behind(index)):
             problems[index] = begun.pop(index).finish()
             scaling.choose(index, [_weight(block, p) for p in groups[index]], problems[index], keep=True)
+            weights = [scaling.apply(path, _weight(block, path)) for path in groups[index]]
+            rounded[index] = list(_round(block, name, groups[index], weights, problems.pop(index), options))
         for other in order:
             if index in scaling.behind(other) and not scaling.behind(other) & begun.keys():
                 solve(other)
-        with lanes.lane(index):
-            weights = [scaling.apply(path, _weight(block, path)) for path in groups[index]]
-            rounded[index] = list(_round(block, name, groups[index], weights, problems.pop(index), options))
 
     for index in narrow_first:
         if not scaling.behind(index):

@@ -15,12 +15,13 @@ from typing import Self
 
 import torch
 
+import loops
 from awq_search import choose_scales
 from gptq_solver import compensate, descend, factorize
 from grid import metric_blocks, search_grid
 from solve import AWQ_EFFORT, SolveOptions
 
-ROWS, COLUMNS = 8192, 4096  # of the weights: linears with more or fewer use the same kernels
+ROWS, COLUMNS = (loops.FEW, loops.FEW + 2048), 4096  # of the weights: others use the same kernels as these
 
 
 @torch.no_grad()
@@ -34,12 +35,13 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
     H = tokens.T @ tokens / len(tokens)
     del tokens
     factor = factorize(H, options.damping, act_order=options.act_order)
-    W = torch.randn(ROWS, width, generator=generator, device=device)
-    if scales:
-        choose_scales(W, H, factor, torch.arange(width, device=device), width, spec, AWQ_EFFORT)
-    grid = search_grid(W, metric_blocks(H, spec.group_size), spec, options.effort.search)
-    q = compensate(W, grid, spec, factor)
-    descend(W, q, grid, spec, H, sweeps=1, refit=options.effort.refit)
+    for rows in ROWS:
+        W = torch.randn(rows, width, generator=generator, device=device)
+        if scales:
+            choose_scales(W, H, factor, torch.arange(width, device=device), width, spec, AWQ_EFFORT)
+        grid = search_grid(W, metric_blocks(H, spec.group_size), spec, options.effort.search)
+        q = compensate(W, grid, spec, factor)
+        descend(W, q, grid, spec, H, sweeps=1, refit=options.effort.refit)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
