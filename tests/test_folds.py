@@ -257,3 +257,22 @@ def test_what_a_norm_adds_to_its_weight(norm: nn.Module, offset: int, dtype: tor
         for parameter in norm.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
     assert folds._offset(norm) == offset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.func, "functional_call", lambda *_: pytest.fail("found twice"))
+        assert folds._offset(norm) == offset
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_the_gpu_is_not_waited_for() -> None:
+    """Once the norm is known."""
+    block = nn.ModuleDict({"norm": LlamaRMSNorm(64), "linear": nn.Linear(64, 8)}).cuda()
+    fold = Fold("norm", ("linear",), torch.arange(64, device="cuda"))
+    scale = torch.ones(64, device="cuda")
+    folds._offset(block["norm"])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        folds.apply_fold(block, fold, scale, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

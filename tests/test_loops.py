@@ -63,6 +63,56 @@ def test_kernels_in_the_interpreter() -> None:
     assert int(passed[1]) >= 20
 
 
+_FLOAT = ["levels", "middle", "zero_min"]
+_DESCENT = {"REFIT": True, "HALF": True, "BRAIN": True, "C": 128, "S": 16, "B": 16, "K": 64}
+_COLUMNS = {"C": 128, "S": 16, "B": 16, "K": 32}
+_SEARCH = {"HALF": True, "BRAIN": True, "PRECISION": "tf32", "g": 128, "B": 64}
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run natively")
+@pytest.mark.parametrize(
+    ("name", "pointers", "constants"),
+    [
+        ("descend", "gradient missing q:u8 delta:fp16 scale zero H coupled:fp16 column_units row_units",
+         {"MISSING": False, "SPAN": True, "UNITS": True, **_DESCENT}),
+        ("descend", "gradient missing q:u8 delta scale zero H coupled column_units row_units",
+         {"MISSING": True, "SPAN": False, "UNITS": False, **_DESCENT}),
+        ("compensate", "work errors q:u8 scale zero group:i64 R", {"SPAN": True, **_COLUMNS}),
+        ("compensate", "work errors q:u8 scale zero group:i64 R", {"SPAN": False, **_COLUMNS}),
+        ("search", "weights metric factors losses scales zeros", {"SYMMETRIC": True, **_SEARCH}),
+        ("search", "weights metric factors losses scales zeros", {"SYMMETRIC": False, **_SEARCH}),
+        ("error", "W q:u8 scale zero columns result:fp16", {"N": 64}),
+        ("halved", "x minus rows columns out:fp16", {"MINUS": True, "COLUMNS": True, "N": 1024}),
+        ("fourfold", "x out:fp16", {"N": 1024}),
+        ("split", "x high low", {"N": 1024}),
+        ("permute", "x y:fp64 order:i64 factor", {"N": 2048}),
+        ("transpose", "x:u8 y:u8 index:i64", {"TAKEN": True, "TO": False, "N": 64}),
+        ("turn", "A factor", {"N": 1024}),
+        ("divide", "H scale", {"N": 1024}),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isalpha() else "",
+)  # fmt: skip
+def test_kernels_compile(name: str, pointers: str, constants: dict[str, object]) -> None:
+    """For a GPU that need not be there: the interpreter takes what the compiler refuses, of types above all."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = getattr(loops, f"_{name}_kernel")
+    kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    kinds |= {number: "fp32" for number in _FLOAT if number in kinds}
+    if name == "fourfold":
+        kinds["factor"] = "fp32"
+    for pointer in pointers.split():
+        argument, _, kind = pointer.partition(":")
+        assert argument in kinds
+        kinds[argument] = f"*{kind or 'fp32'}"
+    assert list(kinds) == kernel.arg_names
+    compiled = compile(ASTSource(kernel, kinds, constants), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+
+
 def second_moment(width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5

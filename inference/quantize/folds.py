@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -129,14 +130,24 @@ def _gated_rows(modules: dict[str, nn.Module], source: str, target: str, layout:
     return start + torch.arange(consumer.in_features)
 
 
+_OFFSETS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
 def _offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before it multiplies: one in Gemma's up to the third, in most others nothing."""
+    """What a norm adds to its weight before it multiplies: one in Gemma's up to the third, in most others nothing.
+
+    Found once for each norm, since it waits for the device.
+    """
+    known = _OFFSETS.get(norm)
+    if known is not None:
+        return known
     weight = norm.get_parameter("weight")
     x = torch.ones_like(weight)
     x[1::2] = -1  # its mean is zero and its mean square one
     nothing = {name: torch.zeros_like(p) for name, p in norm.named_parameters()}
     made: Tensor = torch.func.functional_call(norm, nothing, (x[None],))
-    return float(made[0, 0].round())
+    _OFFSETS[norm] = offset = float(made[0, 0].round())
+    return offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What rounding the solvers' products to TF32 costs in KL divergence, emulated where there are no tensor cores.
+"""What the precision of the solvers' products on a GPU costs in KL divergence, emulated where there is none.
 
-    tf32.py {awq,gptq} BITS DIRECTORY     quantizes the embedded model twice, and prints both summaries
+    products.py {awq,gptq} BITS DIRECTORY     quantizes the embedded model twice, and prints both summaries
 
-The inputs of every float32 product inside `compensate` and `descend` are rounded to ten bits of mantissa first.
+The wide products of `compensate` and `descend` take half precision there; the inputs of every other one are rounded to
+ten bits of mantissa, as TF32 has them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import awq_search
 import cli
+import dense
 import solve
 
 
@@ -30,7 +32,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def emulated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with TF32 products."""
+    """`function` with a GPU's products."""
     add, multiply = Tensor.addmm_, Tensor.__matmul__
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -45,17 +47,26 @@ def emulated(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def multiply_halves_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """`dense.halves_` anywhere."""
+    out.addmm_(a.float(), b.float(), alpha=alpha, beta=beta)
+
+
 def main() -> None:
     method, bits, directory = sys.argv[1:]
     words = ["--bits", bits, "--overwrite", "--calib_samples", "64", "--eval_samples", "32", "--no_resume"]
-    for name in ("float32", "TF32"):
-        if name == "TF32":
+    for name in ("float32", "as on a GPU"):
+        if name != "float32":
+            dense.takes_halves, dense.halves_ = (lambda _: True), multiply_halves_
             modules: tuple[Any, ...] = (solve, awq_search)
             for module in modules:
                 module.compensate = emulated(module.compensate)
             modules[0].descend = emulated(modules[0].descend)
         print(f"--- {name}")
-        cli.run("awq" if method == "awq" else "gptq", [*words, "--output_path", f"{directory}/{name}"])
+        cli.run(
+            "awq" if method == "awq" else "gptq",
+            [*words, "--output_path", f"{directory}/{name.replace(' ', '-')}"],
+        )
 
 
 if __name__ == "__main__":
