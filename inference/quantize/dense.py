@@ -3,7 +3,8 @@
 On a GPU whose tensor cores multiply TF32 several times as fast as its other units multiply float32, a product takes
 three of theirs: each matrix is the sum of two that TF32 holds, and of the four products of the parts the smallest is
 below what float32 would round. So says Markidis et al., "NVIDIA Tensor Core Programmability, Performance & Precision"
-(arXiv:1803.04014), section V, of half precision.
+(arXiv:1803.04014), section V, of half precision, which has as many digits, at twice the speed, and a smaller range: it
+serves where numbers are known to be in it.
 
 Knows tensors only.
 """

@@ -25,9 +25,8 @@ from loops import COLUMNS
 
 OUTLIER = 10.0  # times the median of the diagonal
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
-HEADROOM = (
-    2.0**13
-)  # for half precision: `H` over the norms of two channels, powers of two below them, is below four
+# For half precision: over the norms of two channels, which are powers of two at or below them, `H` is below four.
+HEADROOM = 2.0**13
 
 
 class NotFactorizable(ArithmeticError):

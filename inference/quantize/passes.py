@@ -212,7 +212,7 @@ def room(device: torch.device, limit: float | None, widest: int, largest: int) -
     `limit` as for `capture.free_memory`; widest: input channels; largest: weights that are rounded together.
     """
     if device.type == "cuda":
-        # The second moment, its factor and a third; weights, rounded weights, errors and integers.
+        # The second moment, its factor, and itself in half precision; weights, rounded weights, errors and integers.
         solving = 4 * (2.5 * widest**2 + 6 * largest)
         return SHARE * max(0.0, capture.free_memory(device, limit) - solving)
     return transfer.available() / 4
