@@ -90,9 +90,9 @@ def run_here(method: str, words: list[str], runs: int) -> None:
         print(json.dumps(told), file=sys.stderr, flush=True)
 
 
-def measure(name: str, case: Case, words: list[str]) -> Measured:
+def measure(name: str, method: str, words: list[str], runs: int) -> Measured:
     """Runs a case in a process of its own. Errors: `SystemExit` with what it said."""
-    command = [sys.executable, __file__, "--here", json.dumps([case.method, words, case.runs])]
+    command = [sys.executable, __file__, "--here", json.dumps([method, words, runs])]
     found = Measured(name)
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as told:
@@ -152,9 +152,8 @@ def text(path: Path, tokens: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for _ in range(2 * tokens // step + 1):
             file.write(json.dumps({"text": " ".join(words[at : at + step])}) + "\n")
-            at = (at + 389) % (
-                len(words) - step
-            )  # not in step with the text: no document twice for a long time
+            # Not in step with the text: no document twice for a long time.
+            at = (at + 389) % (len(words) - step)
 
 
 def main() -> int:
@@ -181,15 +180,14 @@ def main() -> int:
             case = CASES[name]
             model = args.model or root / f"blocks-{case.blocks}"
             if args.model is None and not model.exists():
-                words = [] if case.blocks is None else ["--blocks", str(case.blocks)]
-                subprocess.run([sys.executable, str(HERE / "make_model.py"), str(model), *words], check=True)
+                few = [] if case.blocks is None else ["--blocks", str(case.blocks)]
+                subprocess.run([sys.executable, str(HERE / "make_model.py"), str(model), *few], check=True)
             samples, length = args.samples or case.samples, args.seq_len or case.seq_len
             words = ["--model_path", str(model), "--output_path", str(root / "out"), "--overwrite", "--quiet"]
             words += ["--calib_data", str(root / "text.jsonl"), "--device", args.device, *case.words]
             words += [] if samples is None else ["--calib_samples", str(samples)]
             words += [] if length is None else ["--calib_seq_len", str(length)]
-            runs = args.runs or case.runs
-            found.append(measure(name, Case(case.method, case.blocks, runs=runs), words))
+            found.append(measure(name, case.method, words, args.runs or case.runs))
             print(table(found[-1:]).splitlines()[-1], flush=True)
     print(f"\n{table(found)}")
     if args.json:

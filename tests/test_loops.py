@@ -146,6 +146,14 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["twin", "kernel"])
+def twin_or_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs: first the twins, then the kernels."""
+    if request.param and DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+    monkeypatch.setattr(loops, "on_triton", lambda _: request.param)
+
+
 @pytest.fixture(params=["plain", "three products", "halves"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With plain products; or all split in three, on rounded inputs as tensor cores take them, small pieces each; or so
@@ -252,12 +260,9 @@ def test_split_kernel() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_split_fourfold(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel and DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a CUDA device (or Triton's interpreter)")
+@pytest.mark.usefixtures("twin_or_kernel")
+def test_split_fourfold() -> None:
     x = on_device(weights(7, 1300))[0][:, 5:1200]
-    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
     out = torch.full((9, 4 * 1195), torch.nan, dtype=torch.float16, device=DEVICE)
     loops.split_fourfold(x, out[1:8], 1024.0)
     high, low, again, once_more = torch.split(out[1:8].float(), 1195, dim=1)
@@ -268,11 +273,8 @@ def test_split_fourfold(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool(out[[0, 8]].isnan().all())
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_halved(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel and DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a CUDA device (or Triton's interpreter)")
-    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+@pytest.mark.usefixtures("twin_or_kernel")
+def test_halved() -> None:
     x, minus = (each[:, 5:1200] for each in on_device(weights(7, 1300), weights(7, 1300, seed=3)))
     x[2, 9], x[3, 1] = 1e6, -1e6
     rows, columns = on_device(2.0 ** torch.arange(7), 2.0 ** (torch.arange(1195) % 9))
@@ -285,11 +287,8 @@ def test_halved(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert found[2, 9] == 65504
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_halved_error(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel and DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a CUDA device (or Triton's interpreter)")
-    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+@pytest.mark.usefixtures("twin_or_kernel")
+def test_halved_error() -> None:
     out, width, size = 70, 120, 40
     W, columns = weights(out, width), 2.0 ** (torch.arange(out) % 12)
     W[5, 6] = 1e9
@@ -338,12 +337,9 @@ def test_transposition_kernel(shape: tuple[int, int]) -> None:
     assert torch.equal(loops._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
+@pytest.mark.usefixtures("twin_or_kernel")
 @pytest.mark.parametrize("n", [1, 2, 33, 1100])
-def test_whole_matrices_in_place(n: int, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel and DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a CUDA device (or Triton's interpreter)")
-    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+def test_whole_matrices_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "STRIP", 32)
     H, scale, order = on_device(weights(n, n), weights(n).exp(), torch.randperm(n))
     for dtype in (torch.float32, torch.float64):
@@ -460,11 +456,8 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     torch.testing.assert_close(errors[:, same], errors_twin[:, same], atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_parts_are_as_if_cut_out(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernel and DEVICE == "cpu" and not INTERPRETED:
-        pytest.skip("needs a CUDA device (or Triton's interpreter)")
-    monkeypatch.setattr(loops, "on_triton", lambda _: kernel)
+@pytest.mark.usefixtures("twin_or_kernel")
+def test_parts_are_as_if_cut_out() -> None:
     width, out, part, first = 96, 21, slice(32, 64), 16
     R = upper_factor(width).contiguous()
     W, R, H = on_device(weights(width, out), R, second_moment(width).float())

@@ -12,7 +12,7 @@ Knows tensors only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor
 import dense
 import loops
 from grid import Grid, GridSpec, dequantize
-from loops import COLUMNS
 
 OUTLIER = 10.0  # times the median of the diagonal
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
@@ -223,7 +222,7 @@ def _compensate_span(
 ) -> None:
     """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
     errors, turned, columns = torch.empty_like(work), R.T, len(work)
-    step = loops.TOGETHER if loops.takes_several(work, work.shape[1]) else COLUMNS
+    step = loops.TOGETHER if loops.takes_several(work, work.shape[1]) else loops.COLUMNS
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         if start:
@@ -246,7 +245,8 @@ def descend(
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     # What the products take for `H`: its rows in the norms of their channels, so that what is small only beside other
     # rows keeps its bits. The gradient's rows are too, and all errors are in units of their own.
-    coupled, units, multiply_ = H, None, _multiply_
+    coupled, units = H, None
+    multiply_: Callable[..., object] = Tensor.addmm_
     if dense.takes_halves(W):
         by, unit, multiply_ = norms(H), _unit(scale, spec.levels), dense.halves_
         most = by.amax(0, keepdim=True) / HEADROOM
@@ -258,19 +258,19 @@ def descend(
     multiply_(gradient, coupled, error, beta=0.0)
     del error
     integers = loops.transposed(q)
-    dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
+    dtypes = spec.scale_dtypes if refit and size <= loops.COLUMNS else None
     spans = _spans(width, size)
     deepest = max(span[-1].stop - span[0].start for span in spans)
     changes = torch.empty(deepest, out, dtype=coupled.dtype, device=W.device)
-    missing = torch.empty(min(COLUMNS, size), out, device=W.device)
+    missing = torch.empty(min(loops.COLUMNS, size), out, device=W.device)
 
+    state = gradient, scale, zero, H, spec.levels, integers, changes, dtypes
     several = loops.takes_several(W, out) and loops.are_even(spans[0])
     for sweep in range(sweeps):
         for span in spans:
             first, last = span[0].start, span[-1].stop
             for pieces in [span] if several else [[piece] for piece in span]:
                 part = pieces[0]
-                state = gradient, scale, zero, H, spec.levels, integers, changes, dtypes
                 if part.start == first:
                     loops.descend_pieces(*state, pieces, size, coupled, units)
                     continue
@@ -285,10 +285,6 @@ def descend(
     return loops.transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
 
 
-def _multiply_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
-    out.addmm_(a, b, alpha=alpha, beta=beta)
-
-
 def _spans(width: int, size: int) -> list[list[slice]]:
     """All columns in pieces of at most `COLUMNS`, the pieces in spans of `SPAN` or a little less.
 
@@ -296,8 +292,8 @@ def _spans(width: int, size: int) -> list[list[slice]]:
     """
     spans: list[list[slice]] = []
     for group in range(0, width, size):
-        for start in range(group, group + size, COLUMNS):
-            piece = slice(start, min(start + COLUMNS, group + size))
+        for start in range(group, group + size, loops.COLUMNS):
+            piece = slice(start, min(start + loops.COLUMNS, group + size))
             if not spans or piece.stop - spans[-1][0].start > SPAN:
                 spans.append([])
             spans[-1].append(piece)

@@ -65,8 +65,7 @@ def round_to_nearest(W: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
 
 def dequantize(q: Tensor, grid: Grid, group_size: int) -> Tensor:
     """`(q - z) * s` in float32 (out, in)."""
-    steps = q.reshape(len(q), -1, group_size) - grid.zero.unsqueeze(2)
-    return steps.mul_(grid.scale.unsqueeze(2)).reshape(q.shape)
+    return loops.dequantized(q, grid.scale, grid.zero, group_size)
 
 
 def minmax_grid(W: Tensor, spec: GridSpec) -> Grid:

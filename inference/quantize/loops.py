@@ -233,8 +233,13 @@ def halved_error(W: Tensor, q: Tensor, scale: Tensor, zero: Tensor, size: int, c
             zero.stride(0), warps=4, N=64,
         )  # fmt: skip
         return result
-    V = (q.reshape(len(q), -1, size) - zero.unsqueeze(2)).mul_(scale.unsqueeze(2)).reshape(q.shape)
-    return halved(W - V, columns).T
+    return halved(W - dequantized(q, scale, zero, size), columns).T
+
+
+def dequantized(q: Tensor, scale: Tensor, zero: Tensor, size: int) -> Tensor:
+    """What integers (out, in) stand for in groups of `size`, whose scales and zeros are (out, groups)."""
+    steps = q.reshape(len(q), -1, size) - zero.unsqueeze(2)
+    return steps.mul_(scale.unsqueeze(2)).reshape(q.shape)
 
 
 @_jit
@@ -813,21 +818,43 @@ def _descend_columns_triton(
     within: tuple[slice, int, int] | None = None,
     units: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    rows, out = q.shape
-    part, first, size = (slice(0, rows), 0, rows) if within is None else within
-    start, columns = part.start, part.stop - part.start
-    other = gradient if missing is None else missing
+    part, first, size = (slice(0, len(q)), 0, len(q)) if within is None else within
     if within is None:
         scale, zero = scale[None], zero[None]
-    _contiguous_rows(gradient, other, H, q, delta, scale, zero)
+    _launch_descent(
+        gradient, scale, zero, H, levels, q, delta, refit, missing, [part], first, size, None, units
+    )
+
+
+def _launch_descent(
+    gradient: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    H: Tensor,
+    levels: int,
+    q: Tensor,
+    delta: Tensor,
+    refit: tuple[torch.dtype, ...] | None,
+    missing: Tensor | None,
+    pieces: list[slice],
+    first: int,
+    size: int,
+    coupled: Tensor | None,
+    units: tuple[Tensor, Tensor] | None,
+) -> None:
+    """The kernel for `pieces`, of as many columns each; with `coupled` they hear of each other."""
+    begin, end, columns = pieces[0].start, pieces[-1].stop, pieces[0].stop - pieces[0].start
+    other, couple = gradient if missing is None else missing, H if coupled is None else coupled
+    _contiguous_rows(gradient, other, H, couple, q, delta, scale, zero)
     half, brain = _casts(refit or ())
+    deep = SUB if coupled is None else min(columns, 64 if coupled.dtype == torch.float16 else 32)
     _launch(
-        _descend_kernel, (triton.cdiv(out, ROWS),),
-        gradient, other, q, delta, scale, zero, H, H, *(units or (H, H)), start, start + columns, first, columns,
-        size, out, gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0), scale.stride(0),
-        zero.stride(0), H.stride(0), H.stride(0), float(levels), warps=1, MISSING=missing is not None, SPAN=False,
-        UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain, C=_padded(columns), S=SUB, B=ROWS,
-        K=SUB,
+        _descend_kernel, (triton.cdiv(q.shape[1], ROWS),),
+        gradient, other, q, delta, scale, zero, H, couple, *(units or (H, H)), begin, end, first, columns, size,
+        q.shape[1], gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0), scale.stride(0),
+        zero.stride(0), H.stride(0), couple.stride(0), float(levels), warps=1, MISSING=missing is not None,
+        SPAN=coupled is not None, UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain,
+        C=_padded(columns), S=SUB, B=ROWS, K=deep,
     )  # fmt: skip
 
 
@@ -856,22 +883,14 @@ def descend_pieces(
 
     coupled: `H` (in, in) as those products take it, for a gradient in `units`. size: columns of a group.
     """
-    out, begin, end = q.shape[1], pieces[0].start, pieces[-1].stop
+    begin = pieces[0].start
     if not on_triton(gradient) or not are_even(pieces):
         (part,) = pieces
         descend_columns(gradient, scale, zero, H, levels, q, delta, refit, None, (part, begin, size), units)
         return
-    columns = pieces[0].stop - begin
-    _contiguous_rows(gradient, H, coupled, q, delta, scale, zero)
-    half, brain = _casts(refit or ())
-    _launch(
-        _descend_kernel, (triton.cdiv(out, ROWS),),
-        gradient, gradient, q, delta, scale, zero, H, coupled, *(units or (H, H)), begin, end, begin, columns,
-        size, out, gradient.stride(0), gradient.stride(0), q.stride(0),
-        delta.stride(0), scale.stride(0), zero.stride(0), H.stride(0), coupled.stride(0), float(levels), warps=1,
-        MISSING=False, SPAN=True, UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain,
-        C=_padded(columns), S=SUB, B=ROWS, K=min(columns, 64 if coupled.dtype == torch.float16 else 32),
-    )  # fmt: skip
+    _launch_descent(
+        gradient, scale, zero, H, levels, q, delta, refit, None, pieces, begin, size, coupled, units
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
