@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,3 +128,22 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(dense, "takes_halves", lambda tensor: tensor.dtype == torch.float32)
     monkeypatch.setattr(dense, "halves_", multiply_)
     return depths
+
+
+@pytest.fixture
+def waits() -> Callable[[Callable[[], object]], int]:
+    """How often the host waits for the GPU while it does some work, done once before to fill what is kept."""
+
+    def count(work: Callable[[], object]) -> int:
+        work()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:  # the mode itself warns of being a prototype
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                work()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+    return count

@@ -45,7 +45,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **consta
     it would find is known from what stands in the key; it compiles for nothing else. Of a number that is whole, it asks
     whether it is one, a multiple of 16, and how wide.
     """
-    if not _launches_compiled() or not hasattr(kernel, "arg_names"):  # the interpreter's has none
+    # Since 3.3 a compiled kernel is launched with all arguments, constants too. The interpreter's has no names of them.
+    if not _triton_since(3, 3) or not hasattr(kernel, "arg_names"):
         kernel[grid](*args, num_warps=warps, **constants)
         return
     kinds = [
@@ -66,10 +67,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **consta
     compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
 
 
-@lru_cache(maxsize=1)
-def _launches_compiled() -> bool:
-    """Whether this Triton's compiled kernels are launched with all arguments, constants too, as since 3.3."""
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+@lru_cache(maxsize=8)
+def _triton_since(*version: int) -> bool:
+    """Whether this Triton is that version or newer."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= version
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -408,8 +409,11 @@ def _divide_kernel(H, scale, n, stride, N: tl.constexpr):  # type: ignore[no-unt
 COLUMNS = 128  # of a piece, at most: what a tile holds
 FEW = 8192  # rows of weights at most that one kernel takes through several pieces
 TOGETHER = 512  # columns at most that it rounds so, and tells each other of
-SUB = 16  # the least that a product on the tensor cores takes
-ROWS = 16  # rows of the weights in a tile, for one warp: tiles of a step are square
+SUB = 16  # columns of a step: the least depth that a product on the tensor cores takes
+ROWS = 16  # rows of the weights in a tile, for one warp
+HALF_ROWS = (
+    8  # the same where few rows are to be had, or a tile has much in registers: twice as many tiles at work
+)
 
 
 @_jit
@@ -446,6 +450,11 @@ def _contiguous_rows(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.stride(1) != 1:
             raise ValueError(f"the kernel needs contiguous rows, not strides {tensor.stride()}")
+
+
+def _rows_of_tile(small: bool) -> int:
+    """Rows of the weights in a tile. `tl.dot` takes fewer than sixteen since Triton 3.5, on NVIDIA's GPUs."""
+    return HALF_ROWS if small and torch.version.hip is None and _triton_since(3, 5) else ROWS
 
 
 def _padded(columns: int) -> int:
@@ -605,12 +614,13 @@ def _compensate_columns_triton(
     rows, out = work.shape
     start, stop = (0, rows) if part is None else (part.start, part.stop)
     whole = stop - start > COLUMNS
+    B = _rows_of_tile(small=whole)
     _contiguous_rows(work, scale, zero, R, q, errors)
     _launch(
-        _compensate_kernel, (triton.cdiv(out, ROWS),),
+        _compensate_kernel, (triton.cdiv(out, B),),
         work, errors, q, scale, zero, group.contiguous(), R, start, stop, out, work.stride(0), errors.stride(0),
         q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels), warps=1, SPAN=whole,
-        C=COLUMNS if whole else _padded(stop - start), S=SUB, B=ROWS, K=32,
+        C=COLUMNS if whole else _padded(stop - start), S=SUB, B=B, K=32,
     )  # fmt: skip
 
 
@@ -847,14 +857,15 @@ def _launch_descent(
     other, couple = gradient if missing is None else missing, H if coupled is None else coupled
     _contiguous_rows(gradient, other, H, couple, q, delta, scale, zero)
     half, brain = _casts(refit or ())
+    B = _rows_of_tile(small=True)
     deep = SUB if coupled is None else min(columns, 64 if coupled.dtype == torch.float16 else 32)
     _launch(
-        _descend_kernel, (triton.cdiv(q.shape[1], ROWS),),
+        _descend_kernel, (triton.cdiv(q.shape[1], B),),
         gradient, other, q, delta, scale, zero, H, couple, *(units or (H, H)), begin, end, first, columns, size,
         q.shape[1], gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0), scale.stride(0),
         zero.stride(0), H.stride(0), couple.stride(0), float(levels), warps=1, MISSING=missing is not None,
         SPAN=coupled is not None, UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain,
-        C=_padded(columns), S=SUB, B=ROWS, K=deep,
+        C=_padded(columns), S=SUB, B=B, K=deep,
     )  # fmt: skip
 
 
