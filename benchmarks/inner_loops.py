@@ -101,11 +101,11 @@ def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
     torch.cuda.reset_peak_memory_stats()
     factor = gptq_solver.factorize(H, 0.0, act_order=True)
     used = (torch.cuda.max_memory_allocated() - base) / (n * n * 4)
-    seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True), 1)
+    seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True))
     row(f"factorize {n} (all of it)", seconds, floor)
     print(f"  beside H it took {used:.2f} of its size", flush=True)
     if n == MLP:
-        check("factor and a third of H, no more", used < 1.34)
+        check("factor and two fifths of H, little more", used < 1.42)
     return factor
 
 
@@ -153,7 +153,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
 
     product = 2.0 * out * width**2 / rates["half"]  # the gradient at the start costs as much as a whole sweep
     traffic = W.numel() * 10 / rates["copy"]
-    once, twice = timed(lambda: descend(1), 1), timed(lambda: descend(2), 1)
+    once, twice = timed(lambda: descend(1)), timed(lambda: descend(2))
     row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
     row("  of it one more sweep", twice - once, product + traffic)
     gradient, integers = torch.randn(width, out, device="cuda"), done.T.contiguous()

@@ -80,8 +80,8 @@ class Factorization:
     """The factor of `H` (in, in) on its way: begun at once, asked for with `finish`; a GPU is not waited for before.
 
     `H` is left damped, in place, by as much as it took: the damping is raised tenfold at a time where Cholesky fails,
-    float64 is tried before that. Beside `H` and the factor it needs a third of `H` more, of a small `H` twice as
-    much.
+    float64 is tried before that. Beside `H` and the factor it needs two fifths of a large `H` more, and a small one two
+    and a half times.
     """
 
     def __init__(self, H: Tensor, damping: float, *, act_order: bool, largest: float = 10.0) -> None:
