@@ -112,6 +112,71 @@ def test_kernels_compile(name: str, pointers: str, constants: dict[str, object])
     assert compiled.asm["cubin"]
 
 
+class Started:
+    """In a kernel's place: what is asked of it."""
+
+    arg_names = ("x", "n", "N")
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[object, ...]] = []
+        self.launched: list[tuple[object, ...]] = []
+
+    def warmup(self, *args: object, **options: object) -> None:
+        self.compiled.append((*args, options))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, **options: object) -> None:
+            self.launched.append(grid)
+
+        return launch
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_kernels_are_compiled_together_and_not_started() -> None:
+    pytest.importorskip("triton")
+    kernel, x = Started(), torch.zeros(4)
+
+    def work() -> None:
+        loops._launch(kernel, (2,), x, 4, warps=1, N=16)
+        raise RuntimeError("for want of a result")
+
+    loops.compile_together(work)
+    assert kernel.compiled == [(x, 4, {"grid": (2,), "num_warps": 1, "N": 16})]
+    assert kernel.launched == []
+    loops._launch(kernel, (2,), x, 4, warps=1, N=16)
+    assert kernel.launched == [(2,)]
+    assert len(kernel.compiled) == 1
+
+
+@pytest.mark.parametrize("why", ["old", "interpreted", "absent"])
+def test_nothing_is_compiled_together(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor anything done that would need results."""
+    if why == "old":
+        monkeypatch.setattr(loops, "_triton_since", lambda *_: False)
+    elif why == "interpreted":
+        monkeypatch.setattr(loops, "_split_kernel", object())
+    else:
+        monkeypatch.setattr(loops, "triton", None)
+    loops.compile_together(lambda: pytest.fail("begun"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_what_is_compiled_together_is_found() -> None:
+    """By the launch that follows: nothing is compiled twice."""
+    x = torch.randn(8, 4096, device="cuda")
+    high, low = torch.zeros(2, 8, 4096, device="cuda")
+    cache = loops._split_kernel.device_caches[x.device.index][0]
+    cache.clear()
+    loops._COMPILED.clear()
+    loops.compile_together(lambda: loops._split_triton(x, high, low))
+    assert len(cache) == 1
+    assert not high.any()
+    loops._split_triton(x, high, low)
+    assert len(cache) == 1
+    torch.testing.assert_close(high + low, x)
+
+
 def second_moment(width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5

@@ -5,16 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import blocks
+import dense
 import gptq_quantize
+import loops
 import warm
-from solve import EFFORTS, SolveOptions
+from awq_search import choose_scales, scale_
+from gptq_solver import Factorization, compensate, descend
+from grid import metric_blocks, search_grid
+from solve import AWQ_EFFORT, EFFORTS, SolveOptions
 from source import Source
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -48,7 +56,7 @@ def test_every_solver_and_nothing_else(
 
         return spy
 
-    for name in ("choose_scales", "factorize", "search_grid", "compensate", "descend"):
+    for name in ("choose_scales", "scale_", "factorize", "search_grid", "compensate", "descend"):
         monkeypatch.setattr(warm, name, spied(name, getattr(warm, name)))
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -59,8 +67,64 @@ def test_every_solver_and_nothing_else(
     warm.rehearse(options(group_size=group_size), CPU, scales=scales)
     assert torch.equal(torch.rand(3), expected)
     assert (precision(), torch.is_grad_enabled()) == settings
-    each = [*(["choose_scales"] if scales else []), "search_grid", "compensate", "descend"]
-    assert called == ["factorize", *each, *each]
+    each = ["search_grid", "compensate", "descend"]
+    assert called == ["factorize", *(["choose_scales", "scale_"] if scales else []), *each, *each]
+
+
+def specialized(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
+    """What Triton compiles a kernel for, of its arguments."""
+    names = kernel.arg_names if hasattr(kernel, "arg_names") else list(signature(kernel.fn).parameters)
+    loose = {names[i] for i, p in enumerate(getattr(kernel, "params", [])) if p.do_not_specialize}
+    return [
+        (arg.dtype, arg.data_ptr() % 16)
+        if isinstance(arg, Tensor)
+        else (name not in loose and (arg == 1, arg % 16), arg >> 31)
+        if isinstance(arg, int)
+        else float
+        for name, arg in zip(names, args, strict=False)
+    ]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no build for this platform")
+@pytest.mark.parametrize("scales", [True, False])
+@pytest.mark.parametrize("size", [32, 128, -1])
+def test_it_compiles_what_models_need(
+    size: int, scales: bool, halves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels for linears of other widths, whose groups are not a multiple of 16, are those of the rehearsal."""
+    started: set[Any] = set()
+
+    def launch(kernel: Any, grid: Any, *args: Any, warps: int, **constants: Any) -> None:
+        name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+        started.add((name, *specialized(kernel, args), warps, *constants.items()))
+
+    monkeypatch.setattr(loops, "_launch", launch)
+    monkeypatch.setattr(loops, "on_triton", lambda _: True)
+    monkeypatch.setattr(dense, "_threefold", lambda a, b: a.numel() * b.shape[1] >= 1 << 21)
+    monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(loops, "FEW", 256)
+    monkeypatch.setattr(warm, "ROWS", (256, 320))
+    monkeypatch.setattr(warm, "COLUMNS", 640)
+    monkeypatch.setattr(warm, "factorize", lambda H, *_, **__: warm._identity(len(H), CPU))
+    given = options(group_size=size, zero_min=1, scale_dtypes=(torch.float16, torch.bfloat16))
+    warm.rehearse(given, CPU, scales=scales)
+    Factorization(torch.eye(640), 0.1, act_order=True)  # as `factorize` would begin
+    rehearsed = started.copy()
+    assert len(rehearsed) >= 10 + scales
+    started.clear()
+    for rows, width in ((384, 384), (128, 1152), (1152, 384)):
+        H, W = torch.eye(width), torch.randn(rows, width)
+        spec = given.spec(width)
+        Factorization(H.clone(), 0.1, act_order=True)
+        factor = warm._identity(width, CPU)
+        if scales:
+            choose_scales(W, H, factor, torch.arange(width), width, spec, AWQ_EFFORT)
+            scale_(H, factor, torch.ones(width))
+        grid = search_grid(W, metric_blocks(H, spec.group_size), spec, given.effort.search)
+        q = compensate(W, grid, spec, factor)
+        descend(W, q, grid, spec, H, sweeps=2, refit=given.effort.refit)
+    assert started - rehearsed == set()
+    assert halves
 
 
 def test_on_the_cpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ Knows tensors only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +37,13 @@ def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def _jit_for_any(*names: str) -> Callable[[Any], Any]:
+    """`_jit` that does not compile anew for these numbers being a multiple of 16, or one, or not."""
+    return lambda function: function if triton is None else triton.jit(do_not_specialize=names)(function)
+
+
 _COMPILED: dict[Any, Any] = {}
+_ONLY_COMPILED: ContextVar[bool] = ContextVar("only_compiled", default=False)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:
@@ -45,6 +53,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **consta
     it would find is known from what stands in the key; it compiles for nothing else. Of a number that is whole, it asks
     whether it is one, a multiple of 16, and how wide.
     """
+    if _ONLY_COMPILED.get():
+        kernel.warmup(*args, grid=grid, num_warps=warps, **constants)
+        return
     # Since 3.3 a compiled kernel is launched with all arguments, constants too. The interpreter's has no names of them.
     if not _triton_since(3, 3) or not hasattr(kernel, "arg_names"):
         kernel[grid](*args, num_warps=warps, **constants)
@@ -65,6 +76,23 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **consta
             _COMPILED[key] = compiled
         return
     compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
+
+
+def compile_together(work: Callable[[], object]) -> None:
+    """Compiles the kernels that `work` would start, all at once on all cores, and starts none of them.
+
+    `work` goes on with whatever is in memory where their results would be; its errors, and the compiler's, are passed
+    over: what fails fails again when it is wanted. Nothing is done, `work` neither, where kernels are interpreted or
+    Triton is older than 3.5, which does not say that it may be used from several threads.
+    """
+    if triton is None or not hasattr(_split_kernel, "arg_names") or not _triton_since(3, 5):
+        return
+    token = _ONLY_COMPILED.set(True)
+    try:
+        with suppress(Exception), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            work()
+    finally:
+        _ONLY_COMPILED.reset(token)
 
 
 @lru_cache(maxsize=8)
@@ -243,7 +271,7 @@ def dequantized(q: Tensor, scale: Tensor, zero: Tensor, size: int) -> Tensor:
     return steps.mul_(scale.unsqueeze(2)).reshape(q.shape)
 
 
-@_jit
+@_jit_for_any("scale_stride", "zero_stride")  # groups, of which linears have a multiple of 16 or not
 def _error_kernel(  # type: ignore[no-untyped-def]
     W, q, scale, zero, columns, result, out, width, size, W_stride, q_stride, scale_stride, zero_stride,
     N: tl.constexpr,

@@ -14,14 +14,17 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch import Tensor
 
+import dense
 import loops
-from awq_search import choose_scales
-from gptq_solver import compensate, descend, factorize
-from grid import metric_blocks, search_grid
+from awq_search import choose_scales, scale_
+from gptq_solver import Factor, Factorization, compensate, descend, factorize
+from grid import GridSpec, metric_blocks, search_grid
 from solve import AWQ_EFFORT, SolveOptions
 
-ROWS, COLUMNS = (loops.FEW, loops.FEW + 2048), 4096  # of the weights: others use the same kernels as these
+# Of the weights: others use the same kernels as these.
+ROWS, COLUMNS = (loops.FEW, loops.FEW + 2048), dense.WHOLE + dense.PANEL
 
 
 @torch.no_grad()
@@ -34,17 +37,49 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
     tokens = torch.randn(2 * width, width, generator=generator, device=device)
     H = tokens.T @ tokens / len(tokens)
     del tokens
-    factor = factorize(H, options.damping, act_order=options.act_order)
-    for rows in ROWS:
-        W = torch.randn(rows, width, generator=generator, device=device)
-        if scales:
-            choose_scales(W, H, factor, torch.arange(width, device=device), width, spec, AWQ_EFFORT)
-        grid = search_grid(W, metric_blocks(H, spec.group_size), spec, options.effort.search)
-        q = compensate(W, grid, spec, factor)
-        descend(W, q, grid, spec, H, sweeps=1, refit=options.effort.refit)
+
+    def solve(factor: Factor) -> None:
+        _solve(H, factor, spec, options, generator, scales=scales)
+
+    def begin() -> None:
+        Factorization(H.clone(), options.damping, act_order=options.act_order)
+        solve(_identity(width, device))
+
+    if device.type == "cuda":
+        loops.compile_together(begin)
+    solve(factorize(H, options.damping, act_order=options.act_order))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+
+
+def _solve(
+    H: Tensor,
+    factor: Factor,
+    spec: GridSpec,
+    options: SolveOptions,
+    generator: torch.Generator,
+    *,
+    scales: bool,
+) -> None:
+    """All that follows a factorization."""
+    width = len(H)
+    ones = torch.ones(width, device=H.device)
+    for rows in ROWS:
+        W = torch.randn(rows, width, generator=generator, device=H.device)
+        if scales and rows == ROWS[0]:
+            choose_scales(W, H, factor, torch.arange(width, device=H.device), width, spec, AWQ_EFFORT)
+            scale_(H, factor, ones)
+        grid = search_grid(W, metric_blocks(H, spec.group_size), spec, options.effort.search)
+        q = compensate(W, grid, spec, factor)
+        descend(W, q, grid, spec, H, sweeps=1, refit=options.effort.refit)
+
+
+def _identity(width: int, device: torch.device) -> Factor:
+    """A factor laid out as `factorize` does it."""
+    blocks = [torch.eye(min(dense.PANEL, width - a), device=device) for a in range(0, width, dense.PANEL)]
+    order = torch.arange(width, device=device)
+    return Factor(torch.eye(width, device=device), blocks, order, torch.ones(width, device=device), 0.0)
 
 
 class Rehearsal:
