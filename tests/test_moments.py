@@ -60,13 +60,15 @@ def test_matches_float64(device: str, dtype: torch.dtype, width: int) -> None:
 def test_many_tokens_in_any_order(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    x = tokens(200_000, 32, torch.float16)
+    count = 2_000_000  # as of a default run
+    x = tokens(count, 32, torch.float16)
     truth = exact(x)
     for order in (x, x.flip(0), x[torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(1))]):
         moment = SecondMoment(32, device)
         for part in torch.split(order, 7777):
             moment.add(part.to(device))
-        assert moment.tokens == 200_000
+        assert moment.tokens == count
+        # A CPU loses 3e-6; tensor cores cut off what they sum.
         assert_close(moment.finish(), truth, 3e-5)
 
 
