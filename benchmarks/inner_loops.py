@@ -157,13 +157,13 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
     row("  of it one more sweep", twice - once, product + traffic)
     gradient, integers = torch.randn(width, out, device="cuda"), done.T.contiguous()
+    state = loops.Descent(
+        gradient, scale, zero, H, SPEC.levels, integers, errors, SPEC.scale_dtypes, SPEC.group_size
+    )
 
     def descent_alone() -> None:
         for a in pieces:
-            s, i = slice(a, a + loops.COLUMNS), a // SPEC.group_size
-            loops.descend_columns(
-                gradient[s], scale[i], zero[i], H[s, s], SPEC.levels, integers[s], errors, SPEC.scale_dtypes
-            )  # fmt: skip
+            loops.descend_columns(state, slice(a, a + loops.COLUMNS), a)
 
     row("  of it the loops over columns", timed(descent_alone, 2), W.numel() * 10 / rates["copy"])
 

@@ -541,21 +541,13 @@ def test_parts_are_as_if_cut_out() -> None:
     qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
     changes = [torch.zeros(width - first, out, dtype=torch.float16, device=DEVICE) for _ in range(2)]
     units = (2.0 ** (torch.arange(width, device=DEVICE) % 3), 2.0 ** (torch.arange(out, device=DEVICE) % 5))
-    loops.descend_columns(
-        gradient, scales[0], zero, H, 15, qs[0], changes[0], HALVES, missing, (part, first, 32), units
-    )
-    loops.descend_columns(
-        gradient[part],
-        scales[1][1],
-        zero[1],
-        H[part, part],
-        15,
-        qs[1][part],
-        changes[1][16:48],
-        HALVES,
-        missing,
-        units=(units[0][part], units[1]),
-    )
+    whole = loops.Descent(gradient, scales[0], zero, H, 15, qs[0], changes[0], HALVES, 32, units)
+    loops.descend_columns(whole, part, first, missing)
+    cut = loops.Descent(
+        gradient[part], scales[1][1:2], zero[1:2], H[part, part], 15, qs[1][part], changes[1][16:48], HALVES, 32,
+        (units[0][part], units[1]),
+    )  # fmt: skip
+    loops.descend_columns(cut, slice(0, 32), 0, missing)
     for pair in (qs, scales, changes):
         assert torch.equal(*pair)
     assert not torch.equal(qs[0], q)
@@ -610,17 +602,14 @@ def test_descend_several_pieces(
     pieces = [slice(a, a + columns) for a in range(begin, end, columns)]
     qs, scales = (q.clone(), q.clone()), (scale.clone(), scale.clone())
     made = [torch.full((end - begin, out), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
-    loops.descend_pieces(
-        gradient, scales[0], zero, H, 15, qs[0], made[0], refit, pieces, size, coupled, units
+    ours, twin = (
+        loops.Descent(gradient, s, zero, H, 15, u, d, refit, size, units, coupled)
+        for s, u, d in zip(scales, qs, made, strict=True)
     )
+    loops.descend_pieces(ours, pieces)
     for part in pieces:
-        done = part.start - begin
-        missing = coupled[part, begin : part.start].float() @ made[1][:done].float()
-        index = part.start // size
-        loops._descend_columns_torch(
-            gradient[part], scales[1][index], zero[index], H[part, part], 15, qs[1][part],
-            made[1][done : done + columns], refit, missing, None if units is None else (units[0][part], units[1]),
-        )  # fmt: skip
+        missing = coupled[part, begin : part.start].float() @ made[1][: part.start - begin].float()
+        loops._descend_torch(twin, part, begin, missing)
     assert not torch.equal(qs[0], q)
     same = (qs[0] == qs[1]).all(dim=0) & (scales[0] == scales[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5
@@ -642,10 +631,9 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         q = torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE)
         v, errors, scales = W.clone(), torch.empty_like(W), scale.clone()
         loops._compensate_columns_triton(v, scale, zero, group, R, 15, q, errors)
-        rounded, pieces = q.clone(), [slice(0, 128), slice(128, 256)]
-        loops._launch_descent(
-            H @ (W - v), scales, zero, H, 15, q, errors, HALVES, None, pieces, 0, 128, H, None
-        )
+        rounded = q.clone()
+        state = loops.Descent(H @ (W - v), scales, zero, H, 15, q, errors, HALVES, 128, coupled=H)
+        loops._descend_triton(state, slice(0, 256), 0, None, 128)
         found.append((rounded, q, scales))
     for one, other in zip(*found, strict=True):
         assert float((one == other).all(dim=0).float().mean()) > 0.9
@@ -693,8 +681,13 @@ class Piece:
         return (error * (self.H.double() @ error)).sum(dim=0)
 
     def descend(self, run: Callable[..., None], refit: tuple[torch.dtype, ...] | None) -> None:
-        args = (self.gradient, self.scale, self.zero, self.H, self.levels, self.q, self.delta, refit)
-        run(*args, self.missing, units=(self.by, self.unit) if self.delta.dtype == torch.float16 else None)
+        columns = len(self.q)
+        units = (self.by, self.unit) if self.delta.dtype == torch.float16 else None
+        grids = self.scale[None], self.zero[None]
+        state = loops.Descent(
+            self.gradient, *grids, self.H, self.levels, self.q, self.delta, refit, columns, units
+        )
+        run(state, slice(0, columns), 0, self.missing)
 
     def to(self, device: str) -> Piece:
         moved = copy.copy(self)
@@ -714,8 +707,8 @@ def test_descend_kernel(
 ) -> None:
     ours = Piece(columns, out, levels, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
-    ours.descend(loops._descend_columns_triton, refit)
-    twin.descend(loops._descend_columns_torch, refit)
+    ours.descend(loops._descend_triton, refit)
+    twin.descend(loops._descend_torch, refit)
     same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
     exact = 2.0**-10 if units else 1e-5
@@ -739,7 +732,7 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     if device == "cuda" and DEVICE == "cpu":
         if not INTERPRETED:
             pytest.skip("needs a CUDA device (or Triton's interpreter)")
-        run: Callable[..., None] = loops._descend_columns_triton
+        run: Callable[..., None] = loops._descend_triton
     else:
         run = loops.descend_columns
     fast = device == "cuda"

@@ -264,7 +264,9 @@ def descend(
     changes = torch.empty(deepest, out, dtype=coupled.dtype, device=W.device)
     missing = torch.empty(min(loops.COLUMNS, size), out, device=W.device)
 
-    state = gradient, scale, zero, H, spec.levels, integers, changes, dtypes
+    state = loops.Descent(
+        gradient, scale, zero, H, spec.levels, integers, changes, dtypes, size, units, coupled
+    )
     several = loops.takes_several(W, out) and loops.are_even(spans[0])
     for sweep in range(sweeps):
         for span in spans:
@@ -272,12 +274,12 @@ def descend(
             for pieces in [span] if several else [[piece] for piece in span]:
                 part = pieces[0]
                 if part.start == first:
-                    loops.descend_pieces(*state, pieces, size, coupled, units)
+                    loops.descend_pieces(state, pieces)
                     continue
                 # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
                 late = missing[: part.stop - part.start]
                 multiply_(late, coupled[part, first : part.start], changes[: part.start - first], beta=0.0)
-                loops.descend_columns(*state, late, (part, first, size), units)
+                loops.descend_columns(state, part, first, late)
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:

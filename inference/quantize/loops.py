@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -33,15 +34,12 @@ def on_triton(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda
 
 
-def _jit(function: Any) -> Any:
-    return function if triton is None else triton.jit(function)
-
-
 def _jit_for_any(*names: str) -> Callable[[Any], Any]:
     """`_jit` that does not compile anew for these numbers being a multiple of 16, or one, or not."""
     return lambda function: function if triton is None else triton.jit(do_not_specialize=names)(function)
 
 
+_jit = _jit_for_any()
 _COMPILED: dict[Any, Any] = {}
 _ONLY_COMPILED: ContextVar[bool] = ContextVar("only_compiled", default=False)
 
@@ -439,9 +437,8 @@ FEW = 8192  # rows of weights at most that one kernel takes through several piec
 TOGETHER = 512  # columns at most that it rounds so, and tells each other of
 SUB = 16  # columns of a step: the least depth that a product on the tensor cores takes
 ROWS = 16  # rows of the weights in a tile, for one warp
-HALF_ROWS = (
-    8  # the same where few rows are to be had, or a tile has much in registers: twice as many tiles at work
-)
+# The same where few rows are to be had, or a tile has much in registers: twice as many tiles are at work.
+HALF_ROWS = 8
 
 
 @_jit
@@ -656,56 +653,57 @@ def _compensate_columns_triton(
 # Coordinate descent.
 
 
-def descend_columns(
-    gradient: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    H: Tensor,
-    levels: int,
-    q: Tensor,
-    delta: Tensor,
-    refit: tuple[torch.dtype, ...] | None,
-    missing: Tensor | None = None,
-    within: tuple[slice, int, int] | None = None,
-    units: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """One pass of coordinate descent over `c` columns (at most 128) of one group, all tensors a column a row.
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """What a coordinate descent works on, all tensors a column a row; `scale`, `q` and `delta` are changed in place.
 
-    gradient: float32 (c, out), which without `missing` (c, out) is `H (w - v)` for these columns; neither is changed.
-    scale, zero: (out). H: (c, c), symmetric. q: uint8 (c, out), updated. refit: what a scale must survive a cast to;
-    the group's scale is then set first, in place, to the best for the integers, but where rounding it would lose.
-    Written: delta, float32 or float16 (c, out), the change of the values, for the gradient, of these columns too.
+    gradient: float32 (c, out), `H (w - v)`, not changed. scale, zero: (groups, out). H: (c, c), symmetric. q: uint8 (c,
+    out). delta: float32 or float16, as many rows as columns are told of at once: the change of the values, for the
+    gradient. refit: what a scale must survive a cast to; a group's is then set first to the best for the integers, but
+    where rounding it would lose. size: columns of a group.
 
-    units: `a`, float32 (c), and `b` (out), powers of two: `gradient` and `missing` are to be taken times `a_k / b_r`,
-    and delta is told times `b_r`.
-
-    within: where all but `missing` have more columns, and `scale` and `zero` are (groups, out): which columns are
-    meant, which column `delta` begins with, and how many a group has. Cutting them out takes as long as a kernel.
+    units: `a`, float32 (c), and `b` (out), powers of two: `gradient`, and what is missing of it, are to be taken times
+    `a_k / b_r`, and delta is told times `b_r`. coupled: `H` as the products between pieces take it, for a gradient in
+    `units`.
     """
-    if on_triton(gradient):
-        _descend_columns_triton(gradient, scale, zero, H, levels, q, delta, refit, missing, within, units)
-        return
-    if within is not None:
-        part, first, size = within
-        index = part.start // size
-        gradient, H, q = gradient[part], H[part, part], q[part]
-        scale, zero, delta = scale[index], zero[index], delta[part.start - first : part.stop - first]
-        units = None if units is None else (units[0][part], units[1])
-    _descend_columns_torch(gradient, scale, zero, H, levels, q, delta, refit, missing, units)
+
+    gradient: Tensor
+    scale: Tensor
+    zero: Tensor
+    H: Tensor
+    levels: int
+    q: Tensor
+    delta: Tensor
+    refit: tuple[torch.dtype, ...] | None
+    size: int
+    units: tuple[Tensor, Tensor] | None = None
+    coupled: Tensor | None = None
 
 
-def _descend_columns_torch(
-    gradient: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    H: Tensor,
-    levels: int,
-    q: Tensor,
-    delta: Tensor,
-    refit: tuple[torch.dtype, ...] | None,
-    missing: Tensor | None = None,
-    units: tuple[Tensor, Tensor] | None = None,
-) -> None:
+def descend_columns(state: Descent, part: slice, first: int, missing: Tensor | None = None) -> None:
+    """One pass over the columns `part`, at most `COLUMNS` of one group. Written: `delta`, of these columns too.
+
+    first: the column that `delta` begins with. missing: (columns, out), what is to be taken from the gradient.
+    """
+    run = _descend_triton if on_triton(state.gradient) else _descend_torch
+    run(state, part, first, missing)
+
+
+def _descend_torch(state: Descent, part: slice, first: int, missing: Tensor | None) -> None:
+    index = part.start // state.size
+    gradient, H, q, levels, refit = (
+        state.gradient[part],
+        state.H[part, part],
+        state.q[part],
+        state.levels,
+        state.refit,
+    )
+    scale, zero, delta = (
+        state.scale[index],
+        state.zero[index],
+        state.delta[part.start - first : part.stop - first],
+    )
+    units = None if state.units is None else (state.units[0][part], state.units[1])
     columns = q.shape[0]
     g = gradient.clone() if missing is None else gradient - missing
     if units is not None:
@@ -843,57 +841,37 @@ def _descend_kernel(  # type: ignore[no-untyped-def]
             tl.debug_barrier()  # what one thread wrote of the changes the others read
 
 
-def _descend_columns_triton(
-    gradient: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    H: Tensor,
-    levels: int,
-    q: Tensor,
-    delta: Tensor,
-    refit: tuple[torch.dtype, ...] | None,
-    missing: Tensor | None = None,
-    within: tuple[slice, int, int] | None = None,
-    units: tuple[Tensor, Tensor] | None = None,
+def _descend_triton(
+    state: Descent, part: slice, first: int, missing: Tensor | None, columns: int | None = None
 ) -> None:
-    part, first, size = (slice(0, len(q)), 0, len(q)) if within is None else within
-    if within is None:
-        scale, zero = scale[None], zero[None]
-    _launch_descent(
-        gradient, scale, zero, H, levels, q, delta, refit, missing, [part], first, size, None, units
+    """columns: of a piece of `part`, where there are several, which then hear of each other.
+
+    Nothing is cut out for the kernel: that takes as long as it does itself.
+    """
+    gradient, scale, zero, H, q, delta = (
+        state.gradient,
+        state.scale,
+        state.zero,
+        state.H,
+        state.q,
+        state.delta,
     )
-
-
-def _launch_descent(
-    gradient: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    H: Tensor,
-    levels: int,
-    q: Tensor,
-    delta: Tensor,
-    refit: tuple[torch.dtype, ...] | None,
-    missing: Tensor | None,
-    pieces: list[slice],
-    first: int,
-    size: int,
-    coupled: Tensor | None,
-    units: tuple[Tensor, Tensor] | None,
-) -> None:
-    """The kernel for `pieces`, of as many columns each; with `coupled` they hear of each other."""
-    begin, end, columns = pieces[0].start, pieces[-1].stop, pieces[0].stop - pieces[0].start
-    other, couple = gradient if missing is None else missing, H if coupled is None else coupled
+    other, couple = gradient if missing is None else missing, H
+    deep, whole = SUB, part.stop - part.start
+    if columns is not None:
+        assert state.coupled is not None
+        couple, whole = state.coupled, columns
+        deep = min(columns, 64 if couple.dtype == torch.float16 else 32)
     _contiguous_rows(gradient, other, H, couple, q, delta, scale, zero)
-    half, brain = _casts(refit or ())
+    half, brain = _casts(state.refit or ())
     B = _rows_of_tile(small=True)
-    deep = SUB if coupled is None else min(columns, 64 if coupled.dtype == torch.float16 else 32)
     _launch(
         _descend_kernel, (triton.cdiv(q.shape[1], B),),
-        gradient, other, q, delta, scale, zero, H, couple, *(units or (H, H)), begin, end, first, columns, size,
-        q.shape[1], gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0), scale.stride(0),
-        zero.stride(0), H.stride(0), couple.stride(0), float(levels), warps=1, MISSING=missing is not None,
-        SPAN=coupled is not None, UNITS=units is not None, REFIT=refit is not None, HALF=half, BRAIN=brain,
-        C=_padded(columns), S=SUB, B=B, K=deep,
+        gradient, other, q, delta, scale, zero, H, couple, *(state.units or (H, H)), part.start, part.stop, first,
+        whole, state.size, q.shape[1], gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0),
+        scale.stride(0), zero.stride(0), H.stride(0), couple.stride(0), float(state.levels), warps=1,
+        MISSING=missing is not None, SPAN=columns is not None, UNITS=state.units is not None,
+        REFIT=state.refit is not None, HALF=half, BRAIN=brain, C=_padded(whole), S=SUB, B=B, K=deep,
     )  # fmt: skip
 
 
@@ -903,33 +881,16 @@ def are_even(pieces: list[slice]) -> bool:
     return len(widths) == 1 and _padded(min(widths)) in widths
 
 
-def descend_pieces(
-    gradient: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    H: Tensor,
-    levels: int,
-    q: Tensor,
-    delta: Tensor,
-    refit: tuple[torch.dtype, ...] | None,
-    pieces: list[slice],
-    size: int,
-    coupled: Tensor,
-    units: tuple[Tensor, Tensor] | None = None,
-) -> None:
+def descend_pieces(state: Descent, pieces: list[slice]) -> None:
     """`descend_columns` for a piece with which `delta` begins; or for several one after another, where `takes_several`
     and `are_even`: what one misses of the gradient, for the changes of those before, is computed when its turn comes.
-
-    coupled: `H` (in, in) as those products take it, for a gradient in `units`. size: columns of a group.
     """
-    begin = pieces[0].start
-    if not on_triton(gradient) or not are_even(pieces):
+    first = pieces[0].start
+    if on_triton(state.gradient) and are_even(pieces):
+        _descend_triton(state, slice(first, pieces[-1].stop), first, None, pieces[0].stop - first)
+    else:
         (part,) = pieces
-        descend_columns(gradient, scale, zero, H, levels, q, delta, refit, None, (part, begin, size), units)
-        return
-    _launch_descent(
-        gradient, scale, zero, H, levels, q, delta, refit, None, pieces, begin, size, coupled, units
-    )
+        descend_columns(state, part, first)
 
 
 # ----------------------------------------------------------------------------------------------------------

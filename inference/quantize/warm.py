@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -37,9 +38,7 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
     tokens = torch.randn(2 * width, width, generator=generator, device=device)
     H = tokens.T @ tokens / len(tokens)
     del tokens
-
-    def solve(factor: Factor) -> None:
-        _solve(H, factor, spec, options, generator, scales=scales)
+    solve = partial(_solve, H, spec, options, generator, scales)
 
     def begin() -> None:
         Factorization(H.clone(), options.damping, act_order=options.act_order)
@@ -54,13 +53,7 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
 
 
 def _solve(
-    H: Tensor,
-    factor: Factor,
-    spec: GridSpec,
-    options: SolveOptions,
-    generator: torch.Generator,
-    *,
-    scales: bool,
+    H: Tensor, spec: GridSpec, options: SolveOptions, generator: torch.Generator, scales: bool, factor: Factor
 ) -> None:
     """All that follows a factorization."""
     width = len(H)
