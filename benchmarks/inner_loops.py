@@ -25,9 +25,14 @@ import awq_search
 import dense
 import gptq_solver
 import grid
-import loops
+from columns import COLUMNS
+from descent import Descent, descend_columns
 from grid import Grid, GridSpec
+from launching import on_triton
 from moments import SecondMoment
+from precision import tensor_cores
+from reorder import permute
+from rounding import compensate_columns
 
 HIDDEN, MLP, TOKENS = 3584, 18944, 32768
 SPEC = GridSpec(bits=4, group_size=128, symmetric=True)
@@ -51,7 +56,7 @@ def product_rate(dtype: torch.dtype, *, tf32: bool = False) -> float:
     """Operations a second of a large product."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-    with loops.tensor_cores() if tf32 else nullcontext():
+    with tensor_cores() if tf32 else nullcontext():
         return 2 * n**3 / timed(lambda: a @ b)
 
 
@@ -75,7 +80,7 @@ def inputs(width: int, tokens: int) -> Tensor:
 
 def _normed(A: Tensor, H: Tensor) -> None:
     """`A` becomes `H` with a diagonal of about one, as Cholesky takes it."""
-    loops.permute(H, torch.arange(len(H), device=H.device), 1 / gptq_solver.norms(H), A)
+    permute(H, torch.arange(len(H), device=H.device), 1 / gptq_solver.norms(H), A)
 
 
 def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
@@ -130,20 +135,20 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     found = grid.search_grid(W, M, SPEC)
 
     # The floor: the products on the tensor cores, and every weight read and written once.
-    pieces = range(0, width, loops.COLUMNS)
+    pieces = range(0, width, COLUMNS)
     seconds = timed(lambda: gptq_solver.compensate(W, found, SPEC, factor), 2)
     floor = 1.0 * out * width**2 / rates["half"] + W.numel() * 13 / rates["copy"]
     row(f"compensate {label} (all of it)", seconds, floor)
     scale, zero = found.scale.T.contiguous(), found.zero.T.contiguous()
     group = torch.div(factor.order, SPEC.group_size, rounding_mode="floor")
     work, q = W.T.contiguous(), torch.empty(width, out, dtype=torch.uint8, device="cuda")
-    errors = torch.empty(loops.COLUMNS, out, device="cuda")
-    R = factor.inverses[-1][: loops.COLUMNS, : loops.COLUMNS]  # one piece for all
+    errors = torch.empty(COLUMNS, out, device="cuda")
+    R = factor.inverses[-1][:COLUMNS, :COLUMNS]  # one piece for all
 
     def columns_alone() -> None:
         for a in pieces:
-            s = slice(a, a + loops.COLUMNS)
-            loops.compensate_columns(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
+            s = slice(a, a + COLUMNS)
+            compensate_columns(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
     done = gptq_solver.compensate(W, found, SPEC, factor)
@@ -157,13 +162,13 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
     row("  of it one more sweep", twice - once, product + traffic)
     gradient, integers = torch.randn(width, out, device="cuda"), done.T.contiguous()
-    state = loops.Descent(
+    state = Descent(
         gradient, scale, zero, H, SPEC.levels, integers, errors, SPEC.scale_dtypes, SPEC.group_size
     )
 
     def descent_alone() -> None:
         for a in pieces:
-            loops.descend_columns(state, slice(a, a + loops.COLUMNS), a)
+            descend_columns(state, slice(a, a + COLUMNS), a)
 
     row("  of it the loops over columns", timed(descent_alone, 2), W.numel() * 10 / rates["copy"])
 
@@ -292,7 +297,7 @@ def main() -> int:
         )
         return 2
     torch.manual_seed(0)
-    triton = "with" if loops.on_triton(torch.empty(1, device="cuda")) else "without"
+    triton = "with" if on_triton(torch.empty(1, device="cuda")) else "without"
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {triton} Triton")
     check_against_float64()
     rates = {

@@ -19,8 +19,8 @@ from grid import (
     round_to_nearest,
     search_grid,
 )
-from loops import representable
 from models import second_moment, weights
+from precision import representable
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 BOTH = [(HALF,), (BRAIN, HALF), (HALF, BRAIN)]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import dense
-import loops
 from awq_search import candidates, choose_scales, scale_
 from folds import Fold
 from gptq_solver import (
@@ -34,6 +33,7 @@ from grid import (
     search_grid,
 )
 from lanes import Lanes
+from launching import on_triton
 from models import second_moment, weights
 from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
 
@@ -642,7 +642,7 @@ def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
 
 
 def test_columns_twin_is_what_runs_here() -> None:
-    assert not loops.on_triton(torch.zeros(1))
+    assert not on_triton(torch.zeros(1))
     factor = Factor(torch.eye(2), [torch.eye(2)], torch.arange(2), torch.ones(2), 0.0)
     W = torch.tensor([[0.4, -0.6]])
     grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))

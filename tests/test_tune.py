@@ -19,8 +19,8 @@ import tune
 from config import EMBEDDED_CALIBRATION
 from conftest import Runs
 from grid import Grid, dequantize, minmax_grid, round_to_nearest
-from loops import representable
 from models import CPU, tokens
+from precision import representable
 from reference import dequantize_directory
 from solve import EFFORTS, LayerReport, Solved, SolveOptions, effort
 from source import Source

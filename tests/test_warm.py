@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import blocks
+import columns
 import dense
 import gptq_quantize
-import loops
 import warm
 from awq_search import choose_scales, scale_
 from gptq_solver import Factorization, compensate, descend
 from grid import metric_blocks, search_grid
+from seams import everywhere
 from solve import AWQ_EFFORT, EFFORTS, SolveOptions
 from source import Source
 
@@ -98,11 +99,11 @@ def test_it_compiles_what_models_need(
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
         started.add((name, *specialized(kernel, args), warps, *constants.items()))
 
-    monkeypatch.setattr(loops, "_launch", launch)
-    monkeypatch.setattr(loops, "on_triton", lambda _: True)
+    everywhere(monkeypatch, "launch", launch)
+    everywhere(monkeypatch, "on_triton", lambda _: True)
     monkeypatch.setattr(dense, "_threefold", lambda a, b: a.numel() * b.shape[1] >= 1 << 21)
     monkeypatch.setattr(dense, "PANEL", 128)
-    monkeypatch.setattr(loops, "FEW", 256)
+    monkeypatch.setattr(columns, "FEW", 256)
     monkeypatch.setattr(warm, "ROWS", (256, 320))
     monkeypatch.setattr(warm, "COLUMNS", 640)
     monkeypatch.setattr(warm, "factorize", lambda H, *_, **__: warm._identity(len(H), CPU))

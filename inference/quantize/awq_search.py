@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import loops
 from gptq_solver import Factor, compensate
 from grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
+from precision import power_of_two, tensor_cores
+from reorder import divide_
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 ROWS = 128  # rows of the weights that candidates are judged on
@@ -52,7 +53,10 @@ def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ..
 
     Tied channels take their mean power. The device is not waited for.
     """
-    power = torch.zeros(sources, device=H.device).index_add_(0, rows, H.diagonal().clamp(min=0))
+    # Not `index_add_`: on a GPU it adds in whatever order, and the same input would not always give the same scales.
+    power = torch.zeros(sources, device=H.device).index_put_(
+        (rows,), H.diagonal().clamp(min=0), accumulate=True
+    )
     count = torch.zeros(sources, device=H.device).index_add_(0, rows, torch.ones_like(H.diagonal()))
     used = count > 0
     rms = (power / count.clamp(min=1)).sqrt()
@@ -94,7 +98,7 @@ def choose_scales(
     stacked = sample.repeat(count, 1)
     q = compensate(stacked, every, replace(spec, group_size=1), factor)
     E = stacked.sub_(dequantize(q, every, 1))
-    with loops.tensor_cores():
+    with tensor_cores():
         losses = (E @ H).mul_(E).reshape(count, -1).sum(1)
     return ChannelScales(scales.index_select(0, _best(losses))[0], losses)
 
@@ -104,9 +108,9 @@ def scale_(H: Tensor, factor: Factor, scale: Tensor) -> None:
 
     No new Cholesky: the factor of `S^-1 H S^-1` is that of `H` with its rows over the scale.
     """
-    loops.divide_(H, scale)
+    divide_(H, scale)
     ordered = scale[factor.order]
     factor.U.div_(ordered[:, None])
-    factor.norms.copy_(loops.power_of_two(factor.norms / ordered))
+    factor.norms.copy_(power_of_two(factor.norms / ordered))
     for span, R in factor.spans():
         R.mul_(ordered[span])

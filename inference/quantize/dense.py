@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-import loops
 from lanes import Beside
+from precision import split, split_fourfold, tensor_cores
 
 PANEL = 1024  # columns of a triangle on the diagonal, which the library's Cholesky takes
 WIDE = 4096  # columns that are told of a panel at a time
@@ -65,7 +65,7 @@ def _multiply_(out: Tensor, a: Parts, b: Parts, alpha: float, beta: float) -> No
     if len(a) == 1:
         out.addmm_(a[0], b[0], alpha=alpha, beta=beta)
         return
-    with loops.tensor_cores():
+    with tensor_cores():
         # The small ones first, while the sum is small too.
         _tf32_(out, a[1], b[0], alpha, beta)
         _tf32_(out, a[0], b[1], alpha, 1.0)
@@ -82,7 +82,7 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: flo
         return
     for start in range(0, a.shape[1], DEPTH):
         stop = start + DEPTH
-        _multiply_(out, loops.split(a[:, start:stop]), loops.split(b[start:stop]), alpha, beta)
+        _multiply_(out, split(a[:, start:stop]), split(b[start:stop]), alpha, beta)
         beta = 1.0
 
 
@@ -141,13 +141,13 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
             parts = None
             if takes_halves(A) and _threefold(A[b:, a:b], inverse):
                 parts = A.new_empty(n - b, 4 * (b - a), dtype=torch.float16)
-                loops.split_fourfold(A[b:c, a:b], parts[: c - b], UNIT)
+                split_fourfold(A[b:c, a:b], parts[: c - b], UNIT)
             for r in range(c, n, ROWS):
                 below = A[r : min(r + ROWS, n), a:b]
                 panel = product(below, inverse.T)
                 below.copy_(panel)
                 if parts is not None:
-                    loops.split_fourfold(panel, parts[r - b : r - b + len(panel)], UNIT)
+                    split_fourfold(panel, parts[r - b : r - b + len(panel)], UNIT)
                 del panel
             # The columns of the next two panels alone, then as many at a time as a product does well with.
             edges = [b, c, d, *range(d + WIDE, n, WIDE), n]

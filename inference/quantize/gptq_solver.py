@@ -19,8 +19,12 @@ import torch
 from torch import Tensor
 
 import dense
-import loops
+from columns import COLUMNS, TOGETHER, takes_several
+from descent import Descent, are_even, descend_columns, descend_pieces
 from grid import Grid, GridSpec, dequantize
+from precision import halved, halved_error, power_of_two, tensor_cores
+from reorder import permute, transposed, transposed_back, turn_
+from rounding import compensate_columns
 
 OUTLIER = 10.0  # times the median of the diagonal
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
@@ -140,7 +144,7 @@ def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
 
 def norms(H: Tensor) -> Tensor:
     """The roots of the diagonal of `H` (in, in), each the power of two at or below it: float32 (in)."""
-    return loops.power_of_two(H.diagonal().to(torch.float32).sqrt())
+    return power_of_two(H.diagonal().to(torch.float32).sqrt())
 
 
 def _factor(
@@ -154,7 +158,7 @@ def _factor(
     width = H.shape[0]
     A = torch.empty(width, width, dtype=dtype, device=H.device)
     reversed_norms = norms[reverse]
-    loops.permute(H, reverse, 1 / reversed_norms, A)
+    permute(H, reverse, 1 / reversed_norms, A)
     failed, inverses = dense.cholesky_(A)
     if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
         return A, inverses, failed
@@ -163,7 +167,7 @@ def _factor(
     U = A.to(torch.float32)
     del A
     ordered = reversed_norms.flip(0)
-    loops.turn_(U, ordered)
+    turn_(U, ordered)
     blocks = torch.split(1 / ordered, [len(inverse) for inverse in reversed(inverses)])
     turned = [
         inverse.to(torch.float32).flip(0, 1).mul_(columns)
@@ -172,7 +176,7 @@ def _factor(
     return U, turned, failed
 
 
-@loops.tensor_cores()
+@tensor_cores()
 def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     """GPTQ's recursion over the static groups of `grid`: integers, uint8 (out, in), in the channels' own order.
 
@@ -182,7 +186,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     order, U = factor.order, factor.U
     group = torch.div(order, spec.group_size, rounding_mode="floor")
     # (in, out), a column of W a contiguous row: W, and what is done of W - V.
-    lost = loops.transposed(W, order)
+    lost = transposed(W, order)
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()  # (groups, out)
     q = torch.empty(width, out, dtype=torch.uint8, device=W.device)
     first = len(factor.inverses[0])
@@ -205,16 +209,16 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
                 later.addmm_(rest.T, lost[span], beta=again)
             else:
                 by = factor.norms[span]
-                lost_half = loops.halved(lost[span], by, unit, minus=work)
-                dense.halves_(later, loops.halved(rest, 1 / by).T, lost_half, beta=again)
-    return loops.transposed_back(q, order)
+                lost_half = halved(lost[span], by, unit, minus=work)
+                dense.halves_(later, halved(rest, 1 / by).T, lost_half, beta=again)
+    return transposed_back(q, order)
 
 
 def _unit(scale: Tensor, levels: int) -> Tensor:
     """Powers of two, float32 (out): times them, errors on a grid of `scale` (groups, out) are in the range of half
     precision."""
     # No weight is eight times as far from a grid as the grid is wide.
-    return loops.power_of_two(4096 / levels / scale.abs().amax(0).clamp(min=1e-30))
+    return power_of_two(4096 / levels / scale.abs().amax(0).clamp(min=1e-30))
 
 
 def _compensate_span(
@@ -222,16 +226,16 @@ def _compensate_span(
 ) -> None:
     """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
     errors, turned, columns = torch.empty_like(work), R.T, len(work)
-    step = loops.TOGETHER if loops.takes_several(work, work.shape[1]) else loops.COLUMNS
+    step = TOGETHER if takes_several(work, work.shape[1]) else COLUMNS
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         if start:
             # What the earlier pieces left, all at once.
             work[start:stop].addmm_(turned[start:stop, :start], errors[:start], alpha=-1.0)
-        loops.compensate_columns(work, scale, zero, group, R, levels, q, errors, slice(start, stop))
+        compensate_columns(work, scale, zero, group, R, levels, q, errors, slice(start, stop))
 
 
-@loops.tensor_cores()
+@tensor_cores()
 def descend(
     W: Tensor, q: Tensor, grid: Grid, spec: GridSpec, H: Tensor, *, sweeps: int, refit: bool
 ) -> tuple[Tensor, Grid]:
@@ -250,41 +254,39 @@ def descend(
     if dense.takes_halves(W):
         by, unit, multiply_ = norms(H), _unit(scale, spec.levels), dense.halves_
         most = by.amax(0, keepdim=True) / HEADROOM
-        coupled, units = loops.halved(H, 1 / (by * most)), (by * most, unit)
-        error = loops.halved_error(W, q, grid.scale, grid.zero, size, unit)
+        coupled, units = halved(H, 1 / (by * most)), (by * most, unit)
+        error = halved_error(W, q, grid.scale, grid.zero, size, unit)
     else:
         error = (W - dequantize(q, grid, size)).T
     gradient = torch.empty(width, out, device=W.device)
     multiply_(gradient, coupled, error, beta=0.0)
     del error
-    integers = loops.transposed(q)
-    dtypes = spec.scale_dtypes if refit and size <= loops.COLUMNS else None
+    integers = transposed(q)
+    dtypes = spec.scale_dtypes if refit and size <= COLUMNS else None
     spans = _spans(width, size)
     deepest = max(span[-1].stop - span[0].start for span in spans)
     changes = torch.empty(deepest, out, dtype=coupled.dtype, device=W.device)
-    missing = torch.empty(min(loops.COLUMNS, size), out, device=W.device)
+    missing = torch.empty(min(COLUMNS, size), out, device=W.device)
 
-    state = loops.Descent(
-        gradient, scale, zero, H, spec.levels, integers, changes, dtypes, size, units, coupled
-    )
-    several = loops.takes_several(W, out) and loops.are_even(spans[0])
+    state = Descent(gradient, scale, zero, H, spec.levels, integers, changes, dtypes, size, units, coupled)
+    several = takes_several(W, out) and are_even(spans[0])
     for sweep in range(sweeps):
         for span in spans:
             first, last = span[0].start, span[-1].stop
             for pieces in [span] if several else [[piece] for piece in span]:
                 part = pieces[0]
                 if part.start == first:
-                    loops.descend_pieces(state, pieces)
+                    descend_pieces(state, pieces)
                     continue
                 # The gradient hears of a span when it ends, and a piece before its turn of what it missed.
                 late = missing[: part.stop - part.start]
                 multiply_(late, coupled[part, first : part.start], changes[: part.start - first], beta=0.0)
-                loops.descend_columns(state, part, first, late)
+                descend_columns(state, part, first, late)
             # In the last sweep no one asks any more about the columns that are done.
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:
                 multiply_(gradient[rest], coupled[rest, first:last], changes[: last - first], alpha=-1.0)
-    return loops.transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
+    return transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
 
 
 def _spans(width: int, size: int) -> list[list[slice]]:
@@ -294,15 +296,15 @@ def _spans(width: int, size: int) -> list[list[slice]]:
     """
     spans: list[list[slice]] = []
     for group in range(0, width, size):
-        for start in range(group, group + size, loops.COLUMNS):
-            piece = slice(start, min(start + loops.COLUMNS, group + size))
+        for start in range(group, group + size, COLUMNS):
+            piece = slice(start, min(start + COLUMNS, group + size))
             if not spans or piece.stop - spans[-1][0].start > SPAN:
                 spans.append([])
             spans[-1].append(piece)
     return spans
 
 
-@loops.tensor_cores()
+@tensor_cores()
 def output_forms(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
     """`tr((W - V) H (W - V)^T)` and `tr(W H W^T)`: float64 (2), on the device, which is not waited for."""
     both = torch.cat((W - V, W))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import loops
-from loops import representable
+from group_search import NEIGHBOURS, can_search, search_groups
+from precision import dequantized, representable
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def round_to_nearest(W: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
 
 def dequantize(q: Tensor, grid: Grid, group_size: int) -> Tensor:
     """`(q - z) * s` in float32 (out, in)."""
-    return loops.dequantized(q, grid.scale, grid.zero, group_size)
+    return dequantized(q, grid.scale, grid.zero, group_size)
 
 
 def minmax_grid(W: Tensor, spec: GridSpec) -> Grid:
@@ -186,7 +186,7 @@ def _search(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> _Best
         best.offer(scale, zero.clamp(spec.zero_min, spec.levels))
     for shift in (-1.0, 1.0):
         scale, zero = best.scale, (best.zero + shift).clamp(spec.zero_min, spec.levels)
-        for factor in loops.NEIGHBOURS:
+        for factor in NEIGHBOURS:
             best.offer(scale * factor, zero)
     for _ in range(effort.refits):
         best.offer_refit()
@@ -203,8 +203,8 @@ def search_grid(
     """
     out, width = W.shape
     grouped = W.reshape(out, -1, spec.group_size)
-    if loops.can_search(grouped, M, spec.scale_dtypes):
-        scale, zero, _ = loops.search_groups(
+    if can_search(grouped, M, spec.scale_dtypes):
+        scale, zero, _ = search_groups(
             grouped,
             M,
             _shrinks(spec.bits, effort.sweep),

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 import capture
 from grid import Grid, GridSpec, dequantize
-from loops import representable
+from precision import representable
 from solve import Solved, SolveOptions
 
 TOKENS = 2048  # of one step

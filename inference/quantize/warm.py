@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 import dense
-import loops
 from awq_search import choose_scales, scale_
+from columns import FEW
 from gptq_solver import Factor, Factorization, compensate, descend, factorize
 from grid import GridSpec, metric_blocks, search_grid
+from launching import compile_together
 from solve import AWQ_EFFORT, SolveOptions
 
 # Of the weights: others use the same kernels as these.
-ROWS, COLUMNS = (loops.FEW, loops.FEW + 2048), dense.WHOLE + dense.PANEL
+ROWS, COLUMNS = (FEW, FEW + 2048), dense.WHOLE + dense.PANEL
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
         solve(_identity(width, device))
 
     if device.type == "cuda":
-        loops.compile_together(begin)
+        compile_together(begin)
     solve(factorize(H, options.damping, act_order=options.act_order))
     if device.type == "cuda":
         torch.cuda.synchronize(device)

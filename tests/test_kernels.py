@@ -24,10 +24,21 @@ import torch
 from torch import Tensor
 
 import dense
+import descent
 import grid
-import loops
+import launching
+import precision
+import reorder
+import rounding
+from descent import Descent, descend_columns, descend_pieces
 from grid import Grid, GridSpec, SearchEffort
+from group_search import can_search, search_groups
 from lanes import Beside
+from launching import compile_together, launch, need_contiguous_rows, triton_since
+from precision import halved, halved_error, power_of_two, representable, split, split_fourfold, tensor_cores
+from reorder import divide_, permute, transposed, transposed_back, turn_
+from rounding import compensate_columns
+from seams import KERNELS, everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -98,7 +109,9 @@ def test_kernels_compile(name: str, pointers: str, constants: dict[str, object])
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel = getattr(loops, f"_{name}_kernel")
+    kernel = next(
+        getattr(module, kernel) for module in KERNELS if hasattr(module, kernel := f"_{name}_kernel")
+    )
     kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
     kinds |= {number: "fp32" for number in _FLOAT if number in kinds}
     if name == "fourfold":
@@ -121,8 +134,9 @@ class Started:
         self.compiled: list[tuple[object, ...]] = []
         self.launched: list[tuple[object, ...]] = []
 
-    def warmup(self, *args: object, **options: object) -> None:
+    def warmup(self, *args: object, **options: object) -> Started:
         self.compiled.append((*args, options))
+        return self
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: object, **options: object) -> None:
@@ -137,27 +151,29 @@ def test_kernels_are_compiled_together_and_not_started() -> None:
     kernel, x = Started(), torch.zeros(4)
 
     def work() -> None:
-        loops._launch(kernel, (2,), x, 4, warps=1, N=16)
+        launch(kernel, (2,), x, 4, warps=1, N=16)
+        launch(kernel, (3,), x, 4, warps=1, N=16)
         raise RuntimeError("for want of a result")
 
-    loops.compile_together(work)
-    assert kernel.compiled == [(x, 4, {"grid": (2,), "num_warps": 1, "N": 16})]
+    compile_together(work)
+    asked = [(x, 4, {"grid": grid, "num_warps": 1, "N": 16}) for grid in ((2,), (3,))]
+    assert kernel.compiled == asked
     assert kernel.launched == []
-    loops._launch(kernel, (2,), x, 4, warps=1, N=16)
+    launch(kernel, (2,), x, 4, warps=1, N=16)
     assert kernel.launched == [(2,)]
-    assert len(kernel.compiled) == 1
+    assert kernel.compiled == asked
 
 
 @pytest.mark.parametrize("why", ["old", "interpreted", "absent"])
 def test_nothing_is_compiled_together(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor anything done that would need results."""
     if why == "old":
-        monkeypatch.setattr(loops, "_triton_since", lambda *_: False)
+        monkeypatch.setattr(launching, "triton_since", lambda *_: False)
     elif why == "interpreted":
-        monkeypatch.setattr(loops, "_split_kernel", object())
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
-        monkeypatch.setattr(loops, "triton", None)
-    loops.compile_together(lambda: pytest.fail("begun"))
+        monkeypatch.setattr(launching, "triton", None)
+    compile_together(lambda: pytest.fail("begun"))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -166,14 +182,14 @@ def test_what_is_compiled_together_is_found() -> None:
     """By the launch that follows: nothing is compiled twice."""
     x = torch.randn(8, 4096, device="cuda")
     high, low = torch.zeros(2, 8, 4096, device="cuda")
-    cache = loops._split_kernel.device_caches[x.device.index][0]
+    cache = precision._split_kernel.device_caches[x.device.index][0]
     cache.clear()
-    loops._COMPILED.clear()
-    loops.compile_together(lambda: loops._split_triton(x, high, low))
-    assert len(cache) == 1
+    launching._COMPILED.clear()
+    compile_together(lambda: precision._split_triton(x, high, low))
+    (compiled,) = cache.values()
     assert not high.any()
-    loops._split_triton(x, high, low)
-    assert len(cache) == 1
+    precision._split_triton(x, high, low)
+    assert list(cache.values()) == [compiled]
     torch.testing.assert_close(high + low, x)
 
 
@@ -215,7 +231,7 @@ def twin_or_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """What runs: first the twins, then the kernels."""
     if request.param and DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("needs a CUDA device (or Triton's interpreter)")
-    monkeypatch.setattr(loops, "on_triton", lambda _: request.param)
+    everywhere(monkeypatch, "on_triton", lambda _: request.param)
 
 
 @pytest.fixture(params=["plain", "three products", "halves"])
@@ -304,7 +320,7 @@ def test_three_products_are_as_good_as_float32(m: int, k: int, n: int, products:
 def test_split() -> None:
     x = weights(37, 500) * torch.exp(8 * weights(37, 500, seed=5) / 0.05)
     for given in (x, x[:, 3:90], x.T, x.T[100:200]):
-        high, low = loops.split(given)
+        high, low = split(given)
         assert torch.equal(high + low, given)
         assert int((high.contiguous().view(torch.int32) & 0x1FFF).count_nonzero()) == 0
         assert bool((low.abs() <= given.abs() * 2.0**-11).all())
@@ -316,7 +332,7 @@ def test_split_kernel() -> None:
     (x,) = on_device(weights(5, 2100))
     given = x[:, 7:2090]
     results = []
-    for run in (loops._split_triton, loops._split_torch):
+    for run in (precision._split_triton, precision._split_torch):
         high, low = (torch.empty(given.shape, device=DEVICE) for _ in range(2))
         run(given, high, low)
         results.append((high, low))
@@ -328,7 +344,7 @@ def test_split_kernel() -> None:
 def test_split_fourfold() -> None:
     x = on_device(weights(7, 1300))[0][:, 5:1200]
     out = torch.full((9, 4 * 1195), torch.nan, dtype=torch.float16, device=DEVICE)
-    loops.split_fourfold(x, out[1:8], 1024.0)
+    split_fourfold(x, out[1:8], 1024.0)
     high, low, again, once_more = torch.split(out[1:8].float(), 1195, dim=1)
     assert torch.equal(high, (x * 1024).half().float())
     torch.testing.assert_close(high + low, x * 1024, atol=2.0**-25, rtol=2.0**-22)
@@ -343,9 +359,9 @@ def test_halved() -> None:
     x[2, 9], x[3, 1] = 1e6, -1e6
     rows, columns = on_device(2.0 ** torch.arange(7), 2.0 ** (torch.arange(1195) % 9))
     for found, expected in (
-        (loops.halved(x, rows), x * rows[:, None]),
-        (loops.halved(x, rows, columns), x * rows[:, None] * columns),
-        (loops.halved(x, rows, minus=minus), (x - minus) * rows[:, None]),
+        (halved(x, rows), x * rows[:, None]),
+        (halved(x, rows, columns), x * rows[:, None] * columns),
+        (halved(x, rows, minus=minus), (x - minus) * rows[:, None]),
     ):
         assert torch.equal(found, expected.clamp(-65504, 65504).half())
         assert found[2, 9] == 65504
@@ -361,7 +377,7 @@ def test_halved_error() -> None:
     V = (q.double() - zero.repeat_interleave(size, 1).double()) * scale.repeat_interleave(size, 1).double()
     expected = ((W.double() - V).T * columns).clamp(-65504, 65504)
     W, q, scale, zero, columns = on_device(W, q, scale, zero, columns)
-    found = loops.halved_error(W, q, scale, zero, size, columns)
+    found = halved_error(W, q, scale, zero, size, columns)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double().cpu(), expected, atol=1e-6, rtol=2.0**-10)
 
@@ -369,8 +385,8 @@ def test_halved_error() -> None:
 def test_power_of_two() -> None:
     x = torch.tensor([1.0, 1.99, 2.0, 3.0, 0.3, 1e-20, 7e20])
     expected = [1.0, 1.0, 2.0, 2.0, 0.25, 2.0 ** math.floor(math.log2(1e-20)), 2.0**69]
-    assert loops.power_of_two(x).tolist() == expected
-    assert loops.power_of_two(torch.zeros(1)).item() > 0
+    assert power_of_two(x).tolist() == expected
+    assert power_of_two(torch.zeros(1)).item() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -381,10 +397,10 @@ def test_transposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
     (wide,) = on_device(torch.randint(0, 256, (shape[0], shape[1] + 3), generator=generator).to(dtype))
     x = wide[:, 2 : 2 + shape[1]]
     (order,) = on_device(torch.randperm(shape[1], generator=generator))
-    assert torch.equal(loops.transposed(x), x.T)
-    turned = loops.transposed(x, order)
+    assert torch.equal(transposed(x), x.T)
+    turned = transposed(x, order)
     assert torch.equal(turned, x.T[order])
-    back = loops.transposed_back(turned, order)
+    back = transposed_back(turned, order)
     assert torch.equal(back, x)
     assert turned.is_contiguous()
     assert back.is_contiguous()
@@ -396,27 +412,27 @@ def test_transposition_kernel(shape: tuple[int, int]) -> None:
     x, order = on_device(weights(*shape), torch.randperm(shape[1]))
     inverse = torch.argsort(order)
     y = x.new_empty(shape[::-1])
-    assert torch.equal(loops._transpose_triton(x, y), x.T)
-    assert torch.equal(loops._transpose_triton(x, y, to=inverse), x.T[order])
-    assert torch.equal(loops._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
+    assert torch.equal(reorder._transpose_triton(x, y), x.T)
+    assert torch.equal(reorder._transpose_triton(x, y, to=inverse), x.T[order])
+    assert torch.equal(reorder._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
 
 
 @pytest.mark.usefixtures("twin_or_kernel")
 @pytest.mark.parametrize("n", [1, 2, 33, 1100])
 def test_whole_matrices_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "STRIP", 32)
+    monkeypatch.setattr(reorder, "STRIP", 32)
     H, scale, order = on_device(weights(n, n), weights(n).exp(), torch.randperm(n))
     for dtype in (torch.float32, torch.float64):
         out = torch.full((n, n), torch.nan, dtype=dtype, device=DEVICE)
-        loops.permute(H, order, scale[order], out)
+        permute(H, order, scale[order], out)
         expected = H * scale[:, None] * scale
         torch.testing.assert_close(out, expected[order][:, order].to(dtype), atol=0, rtol=1e-6)
     expected = scale[:, None] * H.flip(0, 1)
     turned = H.clone()
-    loops.turn_(turned, scale)
+    turn_(turned, scale)
     assert torch.equal(turned, expected)
     expected = H / (scale[:, None] * scale)
-    loops.divide_(H, scale)
+    divide_(H, scale)
     assert torch.equal(H, expected)
 
 
@@ -490,7 +506,7 @@ def test_compensation_against_float64(levels: int) -> None:
             W[later] -= R[j, later].double() * e
     q = torch.empty(columns, out, dtype=torch.uint8)
     errors = torch.empty(columns, out)
-    loops.compensate_columns(work, scale, zero, group, R, levels, q, errors)
+    compensate_columns(work, scale, zero, group, R, levels, q, errors)
     assert torch.equal(q, expected)
     torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -511,8 +527,8 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
-    loops._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
-    loops._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
+    rounding._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
+    rounding._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -529,8 +545,8 @@ def test_parts_are_as_if_cut_out() -> None:
     works = W.clone(), W.clone()
     qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     errors = [torch.zeros_like(W) for _ in range(2)]
-    loops.compensate_columns(works[0], scale, zero, group, R, 15, qs[0], errors[0], part)
-    loops.compensate_columns(
+    compensate_columns(works[0], scale, zero, group, R, 15, qs[0], errors[0], part)
+    compensate_columns(
         works[1][part], scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part]
     )
     for pair in (works, qs, errors):
@@ -541,13 +557,13 @@ def test_parts_are_as_if_cut_out() -> None:
     qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
     changes = [torch.zeros(width - first, out, dtype=torch.float16, device=DEVICE) for _ in range(2)]
     units = (2.0 ** (torch.arange(width, device=DEVICE) % 3), 2.0 ** (torch.arange(out, device=DEVICE) % 5))
-    whole = loops.Descent(gradient, scales[0], zero, H, 15, qs[0], changes[0], HALVES, 32, units)
-    loops.descend_columns(whole, part, first, missing)
-    cut = loops.Descent(
+    whole = Descent(gradient, scales[0], zero, H, 15, qs[0], changes[0], HALVES, 32, units)
+    descend_columns(whole, part, first, missing)
+    cut = Descent(
         gradient[part], scales[1][1:2], zero[1:2], H[part, part], 15, qs[1][part], changes[1][16:48], HALVES, 32,
         (units[0][part], units[1]),
     )  # fmt: skip
-    loops.descend_columns(cut, slice(0, 32), 0, missing)
+    descend_columns(cut, slice(0, 32), 0, missing)
     for pair in (qs, scales, changes):
         assert torch.equal(*pair)
     assert not torch.equal(qs[0], q)
@@ -561,12 +577,12 @@ def test_compensate_several_pieces(columns: int, out: int) -> None:
     W, R, scale, zero, group = on_device(weights(columns, out), R, *grids(columns, out, 3, 15))
     works, errors = (W.clone(), W.clone()), (torch.empty_like(W), torch.empty_like(W))
     qs = [torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
-    loops._compensate_columns_triton(works[0], scale, zero, group, R, 15, qs[0], errors[0])
+    rounding._compensate_columns_triton(works[0], scale, zero, group, R, 15, qs[0], errors[0])
     for start in range(0, columns, 128):
         part = slice(start, min(start + 128, columns))
         works[1][part].addmm_(R[:start, part].T, errors[1][:start], alpha=-1.0)
         rest = (scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part])
-        loops._compensate_columns_torch(works[1][part], *rest)
+        rounding._compensate_columns_torch(works[1][part], *rest)
     same = (qs[0] == qs[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5  # a row may part ways at a near tie
     torch.testing.assert_close(works[0][:, same], works[1][:, same], atol=0, rtol=0)
@@ -587,29 +603,29 @@ def test_descend_several_pieces(
 ) -> None:
     """A kernel that takes several pieces as the twin with a product between them; not from the first column on."""
     width, out, begin, end = 768, 24, 256, 768
-    monkeypatch.setattr(loops, "on_triton", lambda _: True)
+    everywhere(monkeypatch, "on_triton", lambda _: True)
     W, H = on_device(weights(width, out), second_moment(width).float())
     scale, zero = on_device(*grids(width, out, width // size, 15)[:2])
-    scale = loops.representable(scale, HALVES)
+    scale = representable(scale, HALVES)
     group = torch.arange(width, device=DEVICE) // size
     q = ((W / scale[group]).round() + zero[group]).clamp(0, 15).to(torch.uint8)
     coupled, units, dtype = H, None, torch.float32
     gradient = H @ (W - (q - zero[group]) * scale[group])
     if halves:
         a, b = 2.0 ** (torch.arange(width, device=DEVICE) % 3), 2.0 ** (torch.arange(out, device=DEVICE) % 4)
-        coupled, units, dtype = loops.halved(H, 1 / a), (a, b), torch.float16
+        coupled, units, dtype = halved(H, 1 / a), (a, b), torch.float16
         gradient = gradient / a[:, None] * b
     pieces = [slice(a, a + columns) for a in range(begin, end, columns)]
     qs, scales = (q.clone(), q.clone()), (scale.clone(), scale.clone())
     made = [torch.full((end - begin, out), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
     ours, twin = (
-        loops.Descent(gradient, s, zero, H, 15, u, d, refit, size, units, coupled)
+        Descent(gradient, s, zero, H, 15, u, d, refit, size, units, coupled)
         for s, u, d in zip(scales, qs, made, strict=True)
     )
-    loops.descend_pieces(ours, pieces)
+    descend_pieces(ours, pieces)
     for part in pieces:
         missing = coupled[part, begin : part.start].float() @ made[1][: part.start - begin].float()
-        loops._descend_torch(twin, part, begin, missing)
+        descent._descend_torch(twin, part, begin, missing)
     assert not torch.equal(qs[0], q)
     same = (qs[0] == qs[1]).all(dim=0) & (scales[0] == scales[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5
@@ -626,14 +642,14 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     scale, zero, group = on_device(*grids(columns, out, 2, 15))
     found = []
-    for since in (loops._triton_since, lambda *_: False):
-        monkeypatch.setattr(loops, "_triton_since", since)
+    for since in (triton_since, lambda *_: False):
+        everywhere(monkeypatch, "triton_since", since)
         q = torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE)
         v, errors, scales = W.clone(), torch.empty_like(W), scale.clone()
-        loops._compensate_columns_triton(v, scale, zero, group, R, 15, q, errors)
+        rounding._compensate_columns_triton(v, scale, zero, group, R, 15, q, errors)
         rounded = q.clone()
-        state = loops.Descent(H @ (W - v), scales, zero, H, 15, q, errors, HALVES, 128, coupled=H)
-        loops._descend_triton(state, slice(0, 256), 0, None, 128)
+        state = Descent(H @ (W - v), scales, zero, H, 15, q, errors, HALVES, 128, coupled=H)
+        descent._descend_triton(state, slice(0, 256), 0, None, 128)
         found.append((rounded, q, scales))
     for one, other in zip(*found, strict=True):
         assert float((one == other).all(dim=0).float().mean()) > 0.9
@@ -657,7 +673,7 @@ class Piece:
         self.levels = levels
         self.W = weights(columns, out).to(dtype)
         self.H = second_moment(columns).to(dtype)
-        self.scale, self.zero = loops.representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
+        self.scale, self.zero = representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
         self.q = ((self.W / self.scale).round() + self.zero).clamp(0, levels).to(torch.uint8)
         self.gradient = self.H @ (self.W - self.value)
         self.missing = 0.1 * torch.randn_like(self.gradient) if missing else None
@@ -684,9 +700,7 @@ class Piece:
         columns = len(self.q)
         units = (self.by, self.unit) if self.delta.dtype == torch.float16 else None
         grids = self.scale[None], self.zero[None]
-        state = loops.Descent(
-            self.gradient, *grids, self.H, self.levels, self.q, self.delta, refit, columns, units
-        )
+        state = Descent(self.gradient, *grids, self.H, self.levels, self.q, self.delta, refit, columns, units)
         run(state, slice(0, columns), 0, self.missing)
 
     def to(self, device: str) -> Piece:
@@ -707,8 +721,8 @@ def test_descend_kernel(
 ) -> None:
     ours = Piece(columns, out, levels, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
-    ours.descend(loops._descend_triton, refit)
-    twin.descend(loops._descend_torch, refit)
+    ours.descend(descent._descend_triton, refit)
+    twin.descend(descent._descend_torch, refit)
     same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
     exact = 2.0**-10 if units else 1e-5
@@ -721,7 +735,7 @@ def test_descend_kernel(
     if refit is None:
         assert torch.equal(ours.scale, start.scale)
     else:
-        assert torch.equal(ours.scale, loops.representable(ours.scale, refit))
+        assert torch.equal(ours.scale, representable(ours.scale, refit))
         assert bool((ours.scale != start.scale).any())
 
 
@@ -732,9 +746,9 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     if device == "cuda" and DEVICE == "cpu":
         if not INTERPRETED:
             pytest.skip("needs a CUDA device (or Triton's interpreter)")
-        run: Callable[..., None] = loops._descend_triton
+        run: Callable[..., None] = descent._descend_triton
     else:
-        run = loops.descend_columns
+        run = descend_columns
     fast = device == "cuda"
     piece = Piece(64, 20, 15, missing=False, dtype=torch.float32 if fast else torch.float64)
     if device == DEVICE:
@@ -742,7 +756,7 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     before = piece.form()
     if refit is not None:
         # Some grids are too wide, which a refit may cure.
-        piece.scale[::4] = loops.representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
+        piece.scale[::4] = representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
         piece.gradient = piece.H @ (piece.W - piece.value)
         before = piece.form()
     piece.descend(run, refit)
@@ -759,7 +773,7 @@ def test_ties_go_to_even(step: float) -> None:
     q = torch.empty(1, 17, dtype=torch.uint8, device=DEVICE)
     one = torch.ones(1, 17, device=DEVICE)
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    loops._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
+    rounding._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
     assert q[0].tolist() == (torch.round(halves) + 100).tolist()
 
 
@@ -782,12 +796,12 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
     spec = GridSpec(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
     effort = SearchEffort(sweep=7, refits=2)
     grouped = W.reshape(out, groups, size)
-    scale, zero, loss = loops.search_groups(
+    scale, zero, loss = search_groups(
         grouped, M, grid._shrinks(bits, effort.sweep), levels=spec.levels, symmetric=symmetric,
         zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
     )  # fmt: skip
     twin = grid._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
-    assert torch.equal(scale, loops.representable(scale, dtypes))
+    assert torch.equal(scale, representable(scale, dtypes))
     assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
     assert float(same.float().mean()) > 0.9
@@ -808,7 +822,7 @@ def test_search_kernel_in_low_precision() -> None:
     W, M = on_device(weights(96, 256), grid.metric_blocks(second_moment(256).float(), 128))
     spec, grouped = GridSpec(4, 128, True), W.reshape(96, 2, 128)
     exact, fast = (
-        loops.search_groups(
+        search_groups(
             grouped, M, grid._shrinks(4, 24), levels=15, symmetric=True, zero_min=0,
             dtypes=spec.scale_dtypes, refits=2, precision=precision,
         )
@@ -871,9 +885,9 @@ def test_the_solver_hardly_waits_for_the_gpu(waits: Callable[[Callable[[], objec
 def test_fallback_where_triton_cannot_run() -> None:
     W = weights(4, 64)
     if DEVICE == "cpu":
-        assert not loops.can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
+        assert not can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
     with pytest.raises(ValueError, match="contiguous"):
-        loops._contiguous_rows(W.T)
+        need_contiguous_rows(W.T)
 
 
 def test_tensor_cores_are_put_back() -> None:
@@ -882,7 +896,7 @@ def test_tensor_cores_are_put_back() -> None:
     name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
     before, inside = getattr(settings, name), []
 
-    @loops.tensor_cores()
+    @tensor_cores()
     def fail() -> None:
         inside.append(getattr(settings, name))
         raise KeyError
