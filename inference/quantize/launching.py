@@ -50,7 +50,9 @@ def jit_for_any(*names: str) -> Callable[[Any], Any]:
 
 jit = jit_for_any()
 _COMPILED: dict[Any, Any] = {}
-_ONLY_COMPILED: ContextVar[bool] = ContextVar("only_compiled", default=False)
+_COMPILED_ONLY: ContextVar[list[Any] | None] = ContextVar(
+    "compiled_only", default=None
+)  # instead of launched
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:
