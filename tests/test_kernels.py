@@ -133,10 +133,15 @@ class Started:
     def __init__(self) -> None:
         self.compiled: list[tuple[object, ...]] = []
         self.launched: list[tuple[object, ...]] = []
+        self.loaded = 0
 
     def warmup(self, *args: object, **options: object) -> Started:
         self.compiled.append((*args, options))
         return self
+
+    @property
+    def run(self) -> None:
+        self.loaded += 1
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: object, **options: object) -> None:
@@ -146,18 +151,22 @@ class Started:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
-def test_kernels_are_compiled_together_and_not_started() -> None:
+def test_kernels_are_compiled_together_and_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    kernel, x = Started(), torch.zeros(4)
+    kernel, x, device = Started(), torch.zeros(4), torch.device("cuda", 1)
+    given: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", given.append)
 
     def work() -> None:
         launch(kernel, (2,), x, 4, warps=1, N=16)
         launch(kernel, (3,), x, 4, warps=1, N=16)
         raise RuntimeError("for want of a result")
 
-    compile_together(work)
+    compile_together(work, device)
     asked = [(x, 4, {"grid": grid, "num_warps": 1, "N": 16}) for grid in ((2,), (3,))]
     assert kernel.compiled == asked
+    assert kernel.loaded == 1
+    assert given == [device]  # of the one thread that was needed
     assert kernel.launched == []
     launch(kernel, (2,), x, 4, warps=1, N=16)
     assert kernel.launched == [(2,)]
@@ -173,20 +182,21 @@ def test_nothing_is_compiled_together(why: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
         monkeypatch.setattr(launching, "triton", None)
-    compile_together(lambda: pytest.fail("begun"))
+    compile_together(lambda: pytest.fail("begun"), torch.device("cuda", 0))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_what_is_compiled_together_is_found() -> None:
-    """By the launch that follows: nothing is compiled twice."""
+    """By the launch that follows, and loaded: nothing is compiled twice."""
     x = torch.randn(8, 4096, device="cuda")
     high, low = torch.zeros(2, 8, 4096, device="cuda")
     cache = precision._split_kernel.device_caches[x.device.index][0]
     cache.clear()
     launching._COMPILED.clear()
-    compile_together(lambda: precision._split_triton(x, high, low))
+    compile_together(lambda: precision._split_triton(x, high, low), x.device)
     (compiled,) = cache.values()
+    assert compiled.module is not None
     assert not high.any()
     precision._split_triton(x, high, low)
     assert list(cache.values()) == [compiled]

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -62,8 +63,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constan
     it would find is known from what stands in the key; it compiles for nothing else. Of a number that is whole, it asks
     whether it is one, a multiple of 16, and how wide.
     """
-    if _ONLY_COMPILED.get():
-        kernel.warmup(*args, grid=grid, num_warps=warps, **constants)
+    compiled_only = _COMPILED_ONLY.get()
+    if compiled_only is not None:
+        compiled_only.append(kernel.warmup(*args, grid=grid, num_warps=warps, **constants))
         return
     # Since 3.3 a compiled kernel is launched with all arguments, constants too. The interpreter's has no names of them.
     if not triton_since(3, 3) or not hasattr(kernel, "arg_names"):
@@ -87,8 +89,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constan
     compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
 
 
-def compile_together(work: Callable[[], object]) -> None:
-    """Compiles the kernels that `work` would start, all at once on all cores, and starts none of them.
+def compile_together(work: Callable[[], object], device: torch.device) -> None:
+    """Compiles the kernels that `work` would start, and loads them on `device`, a GPU; all at once on all cores, and
+    starts none of them.
 
     `work` goes on with whatever is in memory where their results would be; its errors, and the compiler's, are passed
     over: what fails fails again when it is wanted. Nothing is done, `work` neither, where kernels are interpreted or
@@ -96,12 +99,25 @@ def compile_together(work: Callable[[], object]) -> None:
     """
     if triton is None or not triton_since(3, 5) or triton.knobs.runtime.interpret:
         return
-    token = _ONLY_COMPILED.set(True)
+    kernels: list[Any] = []
+    token = _COMPILED_ONLY.set(kernels)
     try:
-        with suppress(Exception), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            work()
+        with (
+            suppress(Exception),
+            ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as pool,
+        ):
+            with suppress(Exception), triton.AsyncCompileMode(pool):
+                work()
+            # To load one, a launcher is compiled too, in C: it is there when the kernel is asked how it is run.
+            list(pool.map(_load, {id(kernel): kernel for kernel in kernels}.values()))
     finally:
-        _ONLY_COMPILED.reset(token)
+        _COMPILED_ONLY.reset(token)
+
+
+def _load(kernel: Any) -> None:
+    """kernel: compiled, or what was given for it before it was."""
+    kernel = kernel.result() if hasattr(kernel, "result") else kernel
+    _ = kernel.run
 
 
 @lru_cache(maxsize=8)

@@ -46,7 +46,7 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
         solve(_identity(width, device))
 
     if device.type == "cuda":
-        compile_together(begin)
+        compile_together(begin, device)
     solve(factorize(H, options.damping, act_order=options.act_order))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
