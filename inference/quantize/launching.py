@@ -51,9 +51,8 @@ def jit_for_any(*names: str) -> Callable[[Any], Any]:
 
 jit = jit_for_any()
 _COMPILED: dict[Any, Any] = {}
-_COMPILED_ONLY: ContextVar[list[Any] | None] = ContextVar(
-    "compiled_only", default=None
-)  # instead of launched
+# Where a list is, kernels that would be launched are compiled alone, and added to it.
+_COMPILED_ONLY: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:
