@@ -32,7 +32,7 @@ from launching import on_triton
 from moments import SecondMoment
 from precision import tensor_cores
 from reorder import permute
-from rounding import compensate_columns
+from rounding import Rounding, compensate_columns
 
 HIDDEN, MLP, TOKENS = 3584, 18944, 32768
 SPEC = GridSpec(bits=4, group_size=128, symmetric=True)
@@ -148,7 +148,8 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def columns_alone() -> None:
         for a in pieces:
             s = slice(a, a + COLUMNS)
-            compensate_columns(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
+            state = Rounding(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
+            compensate_columns(state, slice(0, COLUMNS))
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
     done = gptq_solver.compensate(W, found, SPEC, factor)

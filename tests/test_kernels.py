@@ -37,7 +37,7 @@ from lanes import Beside
 from launching import compile_together, launch, need_contiguous_rows, triton_since
 from precision import halved, halved_error, power_of_two, representable, split, split_fourfold, tensor_cores
 from reorder import divide_, permute, transposed, transposed_back, turn_
-from rounding import compensate_columns
+from rounding import Rounding, compensate_columns
 from seams import KERNELS, everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -516,7 +516,7 @@ def test_compensation_against_float64(levels: int) -> None:
             W[later] -= R[j, later].double() * e
     q = torch.empty(columns, out, dtype=torch.uint8)
     errors = torch.empty(columns, out)
-    compensate_columns(work, scale, zero, group, R, levels, q, errors)
+    compensate_columns(Rounding(work, scale, zero, group, R, levels, q, errors), slice(0, columns))
     assert torch.equal(q, expected)
     torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -537,8 +537,9 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
-    rounding._compensate_columns_triton(work, scale, zero, group, R, levels, q, errors)
-    rounding._compensate_columns_torch(twin, scale, zero, group, R, levels, q_twin, errors_twin)
+    whole = slice(0, columns)
+    rounding._compensate_triton(Rounding(work, scale, zero, group, R, levels, q, errors), whole)
+    rounding._compensate_torch(Rounding(twin, scale, zero, group, R, levels, q_twin, errors_twin), whole)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -555,10 +556,11 @@ def test_parts_are_as_if_cut_out() -> None:
     works = W.clone(), W.clone()
     qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     errors = [torch.zeros_like(W) for _ in range(2)]
-    compensate_columns(works[0], scale, zero, group, R, 15, qs[0], errors[0], part)
-    compensate_columns(
+    compensate_columns(Rounding(works[0], scale, zero, group, R, 15, qs[0], errors[0]), part)
+    alone = Rounding(
         works[1][part], scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part]
     )
+    compensate_columns(alone, slice(0, 32))
     for pair in (works, qs, errors):
         assert torch.equal(*pair)
     assert not torch.equal(works[0], W)
@@ -587,12 +589,14 @@ def test_compensate_several_pieces(columns: int, out: int) -> None:
     W, R, scale, zero, group = on_device(weights(columns, out), R, *grids(columns, out, 3, 15))
     works, errors = (W.clone(), W.clone()), (torch.empty_like(W), torch.empty_like(W))
     qs = [torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
-    rounding._compensate_columns_triton(works[0], scale, zero, group, R, 15, qs[0], errors[0])
+    ours, twin = (
+        Rounding(w, scale, zero, group, R, 15, q, e) for w, q, e in zip(works, qs, errors, strict=True)
+    )
+    rounding._compensate_triton(ours, slice(0, columns))
     for start in range(0, columns, 128):
         part = slice(start, min(start + 128, columns))
         works[1][part].addmm_(R[:start, part].T, errors[1][:start], alpha=-1.0)
-        rest = (scale, zero, group[part], R[part, part], 15, qs[1][part], errors[1][part])
-        rounding._compensate_columns_torch(works[1][part], *rest)
+        rounding._compensate_torch(twin, part)
     same = (qs[0] == qs[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5  # a row may part ways at a near tie
     torch.testing.assert_close(works[0][:, same], works[1][:, same], atol=0, rtol=0)
@@ -656,7 +660,7 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         everywhere(monkeypatch, "triton_since", since)
         q = torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE)
         v, errors, scales = W.clone(), torch.empty_like(W), scale.clone()
-        rounding._compensate_columns_triton(v, scale, zero, group, R, 15, q, errors)
+        rounding._compensate_triton(Rounding(v, scale, zero, group, R, 15, q, errors), slice(0, columns))
         rounded = q.clone()
         state = Descent(H @ (W - v), scales, zero, H, 15, q, errors, HALVES, 128, coupled=H)
         descent._descend_triton(state, slice(0, 256), 0, None, 128)
@@ -783,7 +787,8 @@ def test_ties_go_to_even(step: float) -> None:
     q = torch.empty(1, 17, dtype=torch.uint8, device=DEVICE)
     one = torch.ones(1, 17, device=DEVICE)
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    rounding._compensate_columns_triton(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
+    state = Rounding(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
+    rounding._compensate_triton(state, slice(0, 1))
     assert q[0].tolist() == (torch.round(halves) + 100).tolist()
 
 

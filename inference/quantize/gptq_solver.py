@@ -24,7 +24,7 @@ from descent import Descent, are_even, descend_columns, descend_pieces
 from grid import Grid, GridSpec, dequantize
 from precision import halved, halved_error, power_of_two, tensor_cores
 from reorder import permute, transposed, transposed_back, turn_
-from rounding import compensate_columns
+from rounding import Rounding, compensate_columns
 
 OUTLIER = 10.0  # times the median of the diagonal
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
@@ -200,7 +200,9 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
         if span.start:
             heard = told[span.start - first : span.stop - first]
             work.addmm_(R.T, heard if unit is None else heard.div_(unit))
-        _compensate_span(work, scale, zero, group[span], R, spec.levels, q[span])
+        _compensate_span(
+            Rounding(work, scale, zero, group[span], R, spec.levels, q[span], torch.empty_like(work))
+        )
         if span.stop < width:
             later, rest = told[span.stop - first :], U[span, span.stop :]
             again = float(span.start > 0)
@@ -221,18 +223,16 @@ def _unit(scale: Tensor, levels: int) -> Tensor:
     return power_of_two(4096 / levels / scale.abs().amax(0).clamp(min=1e-30))
 
 
-def _compensate_span(
-    work: Tensor, scale: Tensor, zero: Tensor, group: Tensor, R: Tensor, levels: int, q: Tensor
-) -> None:
-    """Rounds the columns `work` (columns, out), in place, with `R` (columns, columns); q: uint8, their integers."""
-    errors, turned, columns = torch.empty_like(work), R.T, len(work)
+def _compensate_span(state: Rounding) -> None:
+    """Rounds all columns of `state`."""
+    work, turned, columns = state.work, state.R.T, len(state.work)
     step = TOGETHER if takes_several(work, work.shape[1]) else COLUMNS
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         if start:
             # What the earlier pieces left, all at once.
-            work[start:stop].addmm_(turned[start:stop, :start], errors[:start], alpha=-1.0)
-        compensate_columns(work, scale, zero, group, R, levels, q, errors, slice(start, stop))
+            work[start:stop].addmm_(turned[start:stop, :start], state.errors[:start], alpha=-1.0)
+        compensate_columns(state, slice(start, stop))
 
 
 @tensor_cores()

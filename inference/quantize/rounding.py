@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,63 +11,60 @@ from columns import COLUMNS, SUB, nearest, padded, rows_of_tile, take_part, take
 from launching import jit, launch, need_contiguous_rows, on_triton, tl, triton
 
 
-def compensate_columns(
-    work: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    R: Tensor,
-    levels: int,
-    q: Tensor,
-    errors: Tensor,
-    part: slice | None = None,
-) -> None:
-    """Rounds `c` columns one after another, each error spread over the columns after it: at most `COLUMNS`, or several
-    times as many where `takes_several`, which then tell each other with TF32's digits.
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What a rounding works on, all tensors a column a row; `work`, `q` and `errors` are written in place.
 
-    work: float32 (c, out), a column of W a row, overwritten with the rounded values. scale, zero: (groups,
-    out). group: int64 (c), each column's group. R: (c, c) upper; what lies below is not read. Written: q, uint8
-    (c, out), and errors, float32 (c, out): the errors over `R_jj`, for the update of all later columns.
-
-    part: which columns of all these are meant, where there are more: cutting them out takes as long as a kernel.
+    work: float32 (c, out), the weights, which become the rounded values. scale, zero: (groups, out). group: int64 (c),
+    each column's group. R: (c, c) upper; what lies below is not read. q: uint8 (c, out). errors: float32 (c, out), the
+    errors over `R_jj`, for the update of all later columns.
     """
-    if on_triton(work):
-        _compensate_columns_triton(work, scale, zero, group, R, levels, q, errors, part)
-        return
-    if part is not None:
-        work, group, R, q, errors = work[part], group[part], R[part, part], q[part], errors[part]
-    _compensate_columns_torch(work, scale, zero, group, R, levels, q, errors)
+
+    work: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    R: Tensor
+    levels: int
+    q: Tensor
+    errors: Tensor
 
 
-def _compensate_columns_torch(
-    work: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    R: Tensor,
-    levels: int,
-    q: Tensor,
-    errors: Tensor,
-) -> None:
+def compensate_columns(state: Rounding, part: slice) -> None:
+    """Rounds the columns `part` one after another, each error spread over those after it: at most `COLUMNS`, or several
+    times as many where `takes_several`, which then tell each other with TF32's digits.
+    """
+    run = _compensate_triton if on_triton(state.work) else _compensate_torch
+    run(state, part)
+
+
+def _compensate_torch(state: Rounding, part: slice) -> None:
+    work, group, R, q, errors = (
+        state.work[part],
+        state.group[part],
+        state.R[part, part],
+        state.q[part],
+        state.errors[part],
+    )
     columns = work.shape[0]
     diagonal = R.diagonal()
-    s_all, z_all = scale[group], zero[group]
+    s_all, z_all = state.scale[group], state.zero[group]
     for start in range(0, columns, SUB):
         stop = min(start + SUB, columns)
-        part = slice(start, stop)
+        step = slice(start, stop)
         # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the loop.
-        s, z = s_all[part], z_all[part]
-        low, high = -z, levels - z
-        block = R[part, part] / diagonal[part, None]
-        y, inverse = work[part] / s, 1 / s
+        s, z = s_all[step], z_all[step]
+        low, high = -z, state.levels - z
+        block = R[step, step] / diagonal[step, None]
+        y, inverse = work[step] / s, 1 / s
         u = torch.empty_like(y)
         for j in range(stop - start):
             u[j] = torch.round(torch.minimum(torch.maximum(y[j], low[j]), high[j]))
             error = (y[j] - u[j]) * s[j]
             y[j + 1 :] -= block[j, j + 1 :, None] * error * inverse[j + 1 :]
-        q[part] = (u + z).to(torch.uint8)
-        work[part] = u * s
-        errors[part] = (y - u) * s / diagonal[part, None]
+        q[step] = (u + z).to(torch.uint8)
+        work[step] = u * s
+        errors[step] = (y - u) * s / diagonal[step, None]
         if stop < columns:
             work[stop:].addmm_(R[start:stop, stop:].T, errors[start:stop], alpha=-1.0)
 
@@ -134,25 +133,16 @@ def _compensate_kernel(  # type: ignore[no-untyped-def]
             tl.debug_barrier()  # what one thread wrote of the errors the others read
 
 
-def _compensate_columns_triton(
-    work: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    group: Tensor,
-    R: Tensor,
-    levels: int,
-    q: Tensor,
-    errors: Tensor,
-    part: slice | None = None,
-) -> None:
-    rows, out = work.shape
-    start, stop = (0, rows) if part is None else (part.start, part.stop)
-    whole = stop - start > COLUMNS
+def _compensate_triton(state: Rounding, part: slice) -> None:
+    """Nothing is cut out for the kernel: that takes as long as it does itself."""
+    work, scale, zero, R, q, errors = state.work, state.scale, state.zero, state.R, state.q, state.errors
+    out, count = work.shape[1], part.stop - part.start
+    whole = count > COLUMNS
     B = rows_of_tile(small=whole)
     need_contiguous_rows(work, scale, zero, R, q, errors)
     launch(
         _compensate_kernel, (triton.cdiv(out, B),),
-        work, errors, q, scale, zero, group.contiguous(), R, start, stop, out, work.stride(0), errors.stride(0),
-        q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(levels), warps=1, SPAN=whole,
-        C=COLUMNS if whole else padded(stop - start), S=SUB, B=B, K=32,
+        work, errors, q, scale, zero, state.group.contiguous(), R, part.start, part.stop, out, work.stride(0),
+        errors.stride(0), q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(state.levels), warps=1,
+        SPAN=whole, C=COLUMNS if whole else padded(count), S=SUB, B=B, K=32,
     )  # fmt: skip
