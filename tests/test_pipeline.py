@@ -23,45 +23,13 @@ from conftest import MAIN, Finished, Runs
 from evaluate import Measured, measure
 from models import CPU, FAMILIES, write
 from moments import SecondMoment
+from published_bytes import COMBINATIONS
 from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
 from solve import solve_block
 from source import Source
 
 TEXT = ("--calib_data", str(EMBEDDED_CALIBRATION))
 
-# method, arguments, layout, bits, symmetric, group size
-COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
-    ("awq", "", "awq", 4, False, 128),
-    ("awq", "--zero_point false", "awq", 4, True, 128),
-    ("awq", "--group_size 32", "awq", 4, False, 32),
-    ("awq", "--group_size -1", "awq", 4, False, -1),
-    ("awq", "--format compressed-tensors", "compressed-tensors", 4, False, 128),
-    ("awq", "--format compressed-tensors --zero_point false", "compressed-tensors", 4, True, 128),
-    ("awq", "--bits 8", "compressed-tensors", 8, False, 128),
-    ("awq", "--bits 8 --zero_point no --group_size -1", "compressed-tensors", 8, True, -1),
-    ("awq", "--bits 8 --format gptq --group_size 32", "gptq", 8, False, 32),
-    ("awq", "--quality best", "awq", 4, False, 128),
-    ("gptq", "", "gptq", 4, True, 128),
-    ("gptq", "--desc_act false", "gptq", 4, True, 128),
-    ("gptq", "--group_size 32", "gptq", 4, True, 32),
-    ("gptq", "--group_size -1", "gptq", 4, True, -1),
-    ("gptq", "--group_size 256 --quality best", "gptq", 4, True, 256),
-    ("gptq", "--sym false", "compressed-tensors", 4, False, 128),
-    ("gptq", "--sym false --format gptq", "gptq", 4, False, 128),
-    ("gptq", "--sym false --format awq", "awq", 4, False, 128),
-    ("gptq", "--format compressed-tensors", "compressed-tensors", 4, True, 128),
-    ("gptq", "--bits 8", "gptq", 8, True, 128),
-    ("gptq", "--bits 8 --sym false", "compressed-tensors", 8, False, 128),
-    ("gptq", "--bits 3", "compressed-tensors", 3, True, 128),
-    ("gptq", "--bits 3 --format gptq --sym false --group_size 64", "gptq", 3, False, 64),
-    ("gptq", "--bits 2 --group_size 32", "compressed-tensors", 2, True, 32),
-    ("gptq", "--bits 2 --format gptq --group_size -1", "gptq", 2, True, -1),
-    ("gptq", "--bits 3 --sym false --group_size 64 --quality best", "compressed-tensors", 3, False, 64),
-    ("gptq", "--bits 2 --act_order_groups dynamic --quality best", "gptq", 2, True, 128),
-    ("gptq", "--act_order_groups dynamic", "gptq", 4, True, 128),
-    ("gptq", "--act_order_groups dynamic --bits 3 --sym false --group_size 32", "gptq", 3, False, 32),
-    ("gptq", "--act_order_groups dynamic --group_size -1 --quality fast", "gptq", 4, True, -1),
-]
 # Relative error of the weights themselves: a bound that a wrong group, zero point or order breaks by far. At few bits
 # they move away from the source's on purpose, towards its outputs.
 CLOSE = {2: 0.75, 3: 0.35, 4: 0.18, 8: 0.02}
