@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
-import libraries
-from config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
-from errors import InputError, WorkError
+from llm_quantize.backends import libraries
+from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from llm_quantize.errors import InputError, WorkError
 
 HERE = Path(__file__).resolve().parent
 PEER = "llm-compressor"
@@ -81,8 +81,8 @@ def settings(args: argparse.Namespace, method: Any, entry: Any, output: Path) ->
 
 def measure(args: argparse.Namespace, method: str, entry: str) -> Row:
     """Runs one entry in this process. Errors: those of `pipeline.quantize`."""
-    import pipeline
-    from console import Console
+    from llm_quantize import pipeline
+    from llm_quantize.console import Console
 
     with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
         result = pipeline.quantize(settings(args, method, entry, Path(scratch) / "out"), Console(quiet=True))
@@ -141,7 +141,7 @@ def machine(device: str) -> str:
     """What it ran on."""
     import torch
 
-    from evaluate import pick_device
+    from llm_quantize.evaluation.evaluate import pick_device
 
     found = pick_device(device)
     name = torch.cuda.get_device_name(found) if found.type == "cuda" else "CPU"

@@ -21,18 +21,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
-import awq_search
-import dense
-import gptq_solver
-import grid
-from columns import COLUMNS
-from descent import Descent, descend_columns
-from grid import Grid, GridSpec
-from launching import on_triton
-from moments import SecondMoment
-from precision import tensor_cores
-from reorder import permute
-from rounding import Rounding, compensate_columns
+from llm_quantize.kernels import dense
+from llm_quantize.kernels.columns import COLUMNS
+from llm_quantize.kernels.descent import Descent, descend_columns
+from llm_quantize.kernels.launching import on_triton
+from llm_quantize.kernels.precision import tensor_cores
+from llm_quantize.kernels.reorder import permute
+from llm_quantize.kernels.rounding import Rounding, compensate_columns
+from llm_quantize.solver import awq_search, gptq_solver, grid
+from llm_quantize.solver.grid import Grid, GridSpec
+from llm_quantize.solver.moments import SecondMoment
 
 HIDDEN, MLP, TOKENS = 3584, 18944, 32768
 SPEC = GridSpec(bits=4, group_size=128, symmetric=True)

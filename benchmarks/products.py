@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "inference" / "quan
 import torch
 from torch import Tensor
 
-import awq_search
-import cli
-import dense
-import solve
+from llm_quantize import cli
+from llm_quantize.blockwise import solve
+from llm_quantize.kernels import dense
+from llm_quantize.solver import awq_search
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -23,18 +23,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
-import capture
-import solve
-import tune
-from calibration import load_windows
-from config import CalibrationConfig
-from folds import find_folds
-from follow import Follower
-from grid import Grid, GridSpec, SearchEffort, minmax_grid
-from moments import SecondMoment
-from passes import Passes, walk
-from solve import BlockChanges, Effort, SolveOptions, solve_block
-from source import Source
+from llm_quantize.blockwise import solve, tune
+from llm_quantize.blockwise.follow import Follower
+from llm_quantize.blockwise.solve import BlockChanges, Effort, SolveOptions, solve_block
+from llm_quantize.calibration.calibration import load_windows
+from llm_quantize.config import CalibrationConfig
+from llm_quantize.model import capture
+from llm_quantize.model.folds import find_folds
+from llm_quantize.model.passes import Passes, walk
+from llm_quantize.model.source import Source
+from llm_quantize.solver.grid import Grid, GridSpec, SearchEffort, minmax_grid
+from llm_quantize.solver.moments import SecondMoment
 
 
 @dataclass(frozen=True, slots=True)

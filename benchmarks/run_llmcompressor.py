@@ -12,7 +12,17 @@ import sys
 from pathlib import Path
 
 sys.path.pop(0)  # this directory: nothing in it is what a library means by its name
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize" / "backends"))
+sys.path.insert(
+    0,
+    str(
+        Path(__file__).resolve().parent.parent
+        / "inference"
+        / "quantize"
+        / "llm_quantize"
+        / "backends"
+        / "scripts"
+    ),
+)
 
 import child
 

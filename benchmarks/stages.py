@@ -63,8 +63,7 @@ class Measured:
 
 def run_here(method: str, words: list[str], runs: int) -> None:
     """Runs the command in this process, and tells of each run in a line of JSON."""
-    import cli
-    import pipeline
+    from llm_quantize import cli, pipeline
 
     quantize_blocks, quantize = pipeline.quantize_blocks, pipeline.quantize
     told: dict[str, Any] = {}
@@ -145,7 +144,7 @@ def _all(seconds: list[float]) -> str:
 
 def text(path: Path, tokens: int) -> None:
     """Enough of the embedded text, from one end to the other and again, for so many tokens."""
-    from config import EMBEDDED_CALIBRATION
+    from llm_quantize.config import EMBEDDED_CALIBRATION
 
     words = Path(EMBEDDED_CALIBRATION).read_text(encoding="utf-8").split()
     step, at = 400, 0

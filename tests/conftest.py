@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import awq_quantize
-import capture
 import gptq_quantize
+from llm_quantize.model import capture
+from llm_quantize.model.source import Source
 from models import CPU, FAMILIES, write
-from source import Source
 
 MAIN: dict[str, Callable[[list[str]], int]] = {"awq": awq_quantize.main, "gptq": gptq_quantize.main}
 
@@ -50,7 +50,7 @@ class Runs:
         return self._done[key]
 
     def _run(self, method: str, words: list[str]) -> Finished:
-        import blocks
+        from llm_quantize.blockwise import blocks
 
         path = self.root / f"run-{len(self._done)}"
         weights: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ def opened(saved: Callable[..., Path]) -> Callable[[str], tuple[Source, capture.
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Matrices of half precision are multiplied as a GPU does, also where there is none: the depth of each product."""
-    import dense
+    from llm_quantize.kernels import dense
 
     depths: list[int] = []
 

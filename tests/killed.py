@@ -66,7 +66,7 @@ def _child(words: list[str], call: int | None, log: int, output: Path) -> NoRetu
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        from cli import run
+        from llm_quantize.cli import run
 
         _watch(call, log)
         method = words[0]
@@ -81,7 +81,7 @@ def _child(words: list[str], call: int | None, log: int, output: Path) -> NoRetu
 
 
 def _serve() -> None:
-    import pipeline  # noqa: F401 (everything heavy, once)
+    from llm_quantize import pipeline  # noqa: F401 (everything heavy, once)
 
     output = Path(sys.argv[1])
     for line in sys.stdin:

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from config import EMBEDDED_MODEL
+from llm_quantize.config import EMBEDDED_MODEL
 
 VOCABULARY = 2048  # the embedded tokenizer's
 CPU = torch.device("cpu")

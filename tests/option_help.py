@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-import cli
-from config import Method
+from llm_quantize import cli
+from llm_quantize.config import Method
 
 
 def help_defaults(method: Method) -> dict[str, str]:

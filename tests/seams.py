@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import columns
-import descent
-import group_search
-import launching
-import precision
-import reorder
-import rounding
+from llm_quantize.kernels import columns, descent, group_search, launching, precision, reorder, rounding
 
 KERNELS = (launching, precision, reorder, columns, rounding, descent, group_search)
 

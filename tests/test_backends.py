@@ -25,17 +25,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-import backend
-import cli
-import foreign
 import gptq_quantize
-import libraries
-from config import EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
 from conftest import MAIN, Finished, Runs
-from console import Console
-from errors import InputError, WorkError
+from llm_quantize import cli
+from llm_quantize.backends import backend, libraries
+from llm_quantize.checkpoint import foreign
+from llm_quantize.config import EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from llm_quantize.console import Console
+from llm_quantize.errors import InputError, WorkError
+from llm_quantize.model.source import Source
 from models import CPU, FAMILIES, write
-from source import Source
 
 SCRIPTS = backend.SCRIPTS
 QUICK = ["--calib_samples", "16", "--calib_seq_len", "128", "--eval_samples", "2", "--device", "cpu"]
@@ -152,7 +151,7 @@ def test_scripts_pin_what_they_install(name: str) -> None:
 
 def test_no_script_hides_a_package() -> None:
     """A script's directory comes first where Python looks for what it imports."""
-    names = {path.stem for path in SCRIPTS.glob("*.py")}
+    names = {path.stem for path in SCRIPTS.glob("*.py")} - {"__init__"}
     assert names == {"child"} | {Path(library.script).stem for library in libraries.LIBRARIES.values()}
     assert not names & {"awq", "auto_gptq", "optimum", "gptqmodel", "torch", "transformers", "datasets"}
 
@@ -344,8 +343,9 @@ def test_a_killed_parent_takes_the_library_with_it(library: Callable[..., None],
     """)
     code = f"""
         import sys, pathlib
-        sys.path.insert(0, {str(SCRIPTS.parent)!r})
-        import backend, console, libraries
+        sys.path.insert(0, {str(SCRIPTS.parents[2])!r})
+        from llm_quantize import console
+        from llm_quantize.backends import backend, libraries
         backend.SCRIPTS, backend.COMMAND = pathlib.Path({str(tmp_path / "scripts")!r}), (sys.executable,)
         quiet = console.Console(quiet=True)
         with backend.Session(libraries.LIBRARIES["optimum"], backend.torch.device("cpu"), quiet) as session:
@@ -634,7 +634,7 @@ def test_an_interrupted_run_of_this_program_is_not_thrown_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library(_copying(written))
-    import blocks
+    from llm_quantize.blockwise import blocks
 
     block = blocks._block
 
@@ -681,9 +681,9 @@ AT_MOST = {2: 0.4, 3: 0.1, 4: 0.03, 8: 0.001}
 
 
 def _measured(path: Path) -> float:
-    from calibration import load_windows
-    from config import EMBEDDED_HELDOUT
-    from evaluate import measure
+    from llm_quantize.calibration.calibration import load_windows
+    from llm_quantize.config import EMBEDDED_HELDOUT
+    from llm_quantize.evaluation.evaluate import measure
 
     source = Source.open(EMBEDDED_MODEL)
     asked = CalibrationConfig(data=str(EMBEDDED_HELDOUT), samples=8, seq_len=256, seed=1)

@@ -22,13 +22,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
-from config import EMBEDDED_CALIBRATION
 from conftest import MAIN
+from llm_quantize import cli
+from llm_quantize.config import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
 from reference import write_rtn_checkpoint
 
-SCRIPTS = Path(cli.__file__).parent
+SCRIPTS = Path(cli.__file__).parents[1]
 TEXT = f"--calib_data {EMBEDDED_CALIBRATION}"
 QUICK = "--group_size 32 --calib_samples 2 --calib_seq_len 32 --eval_data off --device cpu"
 

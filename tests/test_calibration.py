@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-import corpus
-from calibration import (
+from llm_quantize.calibration import corpus
+from llm_quantize.calibration.calibration import (
     Item,
     Windows,
     as_messages,
@@ -27,9 +27,9 @@ from calibration import (
     longest_window,
     split_text,
 )
-from config import CalibrationConfig
-from corpus import HubData
-from errors import InputError
+from llm_quantize.calibration.corpus import HubData
+from llm_quantize.config import CalibrationConfig
+from llm_quantize.errors import InputError
 
 EOS, BOS, UNKNOWN, LINE = 0, 1, 2, 3
 FIRST = 4  # the id of word w0
@@ -388,11 +388,13 @@ def test_names_and_ids(data: str, expected: HubData, tmp_path: Path, monkeypatch
 
 def test_checking_loads_nothing_heavy() -> None:
     script = (
-        "import sys; from calibration import check_source; from config import CalibrationConfig\n"
+        "import sys\n"
+        "from llm_quantize.calibration.calibration import check_source\n"
+        "from llm_quantize.config import CalibrationConfig\n"
         "check_source(CalibrationConfig(data='org/name'))\n"
         "print({'torch', 'datasets', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
     )
-    folder = str(Path(corpus.__file__).parent)
+    folder = str(Path(corpus.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True, timeout=60
     )

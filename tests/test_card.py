@@ -15,10 +15,11 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 
-import card
 import gptq_quantize
-from calibration import Windows
-from config import (
+from conftest import Runs
+from llm_quantize.blockwise.solve import LayerReport
+from llm_quantize.calibration.calibration import Windows
+from llm_quantize.config import (
     EMBEDDED_CALIBRATION,
     EMBEDDED_HELDOUT,
     EMBEDDED_MODEL,
@@ -27,10 +28,9 @@ from config import (
     QuantizeConfig,
     default_calibration,
 )
-from conftest import Runs
-from evaluate import Measured
+from llm_quantize.evaluation import card
+from llm_quantize.evaluation.evaluate import Measured
 from models import FAMILIES, write
-from solve import LayerReport
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import shards
-from checkpoint import CheckpointWriter
-from errors import WorkError
-from grid import Grid
-from packing import pack
-from publish import Staging
+from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.errors import WorkError
+from llm_quantize.formats.packing import pack
+from llm_quantize.io import shards
+from llm_quantize.io.publish import Staging
+from llm_quantize.io.shards import Planned
+from llm_quantize.solver.grid import Grid
 from reference import read_layers, read_tensors
-from shards import Planned
 
 CONFIG: dict[str, Any] = {
     "model_type": "tiny",
@@ -320,8 +320,10 @@ def test_full_disk_surfaces_at_a_later_call(
             Staging(tmp_path / "out", overwrite=True) as staging,
             CheckpointWriter(staging, planned(many), FIRST) as writer,
         ):
-            monkeypatch.setattr("shards.write_at", full)
-            monkeypatch.setattr("publish.shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1024, 1024))
+            monkeypatch.setattr("llm_quantize.io.shards.write_at", full)
+            monkeypatch.setattr(
+                "llm_quantize.io.publish.shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1024, 1024)
+            )
             for name, tensor in many.items():
                 writer.add(name, tensor)
                 writer.commit({})
@@ -340,7 +342,7 @@ def test_full_disk_for_the_last_files(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("publish.shutil.copyfile", copy)
+    monkeypatch.setattr("llm_quantize.io.publish.shutil.copyfile", copy)
     with pytest.raises(WorkError, match="disk full at"):
         write(tmp_path / "out", side_files=[tmp_path / "tokenizer.json"])
     assert names(tmp_path) == {"tokenizer.json"}
@@ -357,7 +359,7 @@ def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("shards.write_at", failing)
+        patch.setattr("llm_quantize.io.shards.write_at", failing)
         with pytest.raises(WorkError, match=r"cannot write to .*: Input/output error"):
             write(tmp_path / "out")
     assert names(tmp_path) == {".out.partial"}

@@ -19,14 +19,15 @@ from typing import Any
 
 import pytest
 
-import cli
-import config as config_module
-from config import CalibrationConfig, Method, QuantizeConfig, default_calibration
-from console import Console, duration
-from errors import InputError, WorkError, one_line
+import llm_quantize
+from llm_quantize import cli
+from llm_quantize import config as config_module
+from llm_quantize.config import CalibrationConfig, Method, QuantizeConfig, default_calibration
+from llm_quantize.console import Console, duration
+from llm_quantize.errors import InputError, WorkError, one_line
 from option_help import help_defaults
 
-SCRIPTS = Path(cli.__file__).parent
+SCRIPTS = Path(cli.__file__).parents[1]
 METHODS: tuple[Method, ...] = ("awq", "gptq")
 
 # (method, arguments, what the one line must hold: the argument, and the remedy)
@@ -123,7 +124,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Callable[[Quantize], None]:
     def put(quantize: Quantize) -> None:
         module: Any = types.ModuleType("pipeline")
         module.quantize = quantize
-        monkeypatch.setitem(sys.modules, "pipeline", module)
+        monkeypatch.setitem(sys.modules, "llm_quantize.pipeline", module)
+        monkeypatch.setattr(llm_quantize, "pipeline", module, raising=False)
 
     return put
 

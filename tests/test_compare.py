@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-import libraries
+from llm_quantize.backends import libraries
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "compare.py"
 SMALL = ["--samples", "4", "--seq_len", "64", "--eval_samples", "1", "--device", "cpu"]

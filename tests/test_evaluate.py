@@ -24,16 +24,16 @@ from transformers import (
     Qwen2Config,
 )
 
-import capture
-import evaluate
-from config import EMBEDDED_HELDOUT, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
-from errors import InputError, WorkError
-from evaluate import Measured, QuantizedSource, heldout_windows, main, measure, sample
+from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.config import EMBEDDED_HELDOUT, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from llm_quantize.errors import InputError, WorkError
+from llm_quantize.evaluation import evaluate
+from llm_quantize.evaluation.evaluate import Measured, QuantizedSource, heldout_windows, main, measure, sample
+from llm_quantize.model import capture
+from llm_quantize.model.source import HEAD_NAMES, Source
 from models import FAMILIES
 from models import write as write_model
 from reference import dequantize_directory, plain_model, write_rtn_checkpoint
-from saved import dequantized
-from source import HEAD_NAMES, Source
 
 CPU = torch.device("cpu")
 VOCABULARY = 300
@@ -173,7 +173,7 @@ def test_unpacking_in_slices(
     model: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rtn_checkpoint(model, tmp_path / "out", layout, 4, 32, False)
-    monkeypatch.setattr("saved._AT_ONCE", 700)  # a few rows, and not a divisor
+    monkeypatch.setattr("llm_quantize.checkpoint.saved._AT_ONCE", 700)  # a few rows, and not a divisor
     saved = dequantized(tmp_path / "out")
     expected = dequantize_directory(tmp_path / "out")
     for linear in saved.linears:

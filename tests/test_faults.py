@@ -23,23 +23,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import blocks
-import capture
-import corpus
-import moments
-import packing
-import pipeline
-import shards
-import solve
-import source
-from checkpoint import CheckpointWriter
-from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT
 from conftest import MAIN
-from errors import InputError, WorkError
-from publish import Staging
-from saved import dequantized
-from shards import Planned
-from source import Source
+from llm_quantize import pipeline
+from llm_quantize.blockwise import blocks, solve
+from llm_quantize.calibration import corpus
+from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT
+from llm_quantize.errors import InputError, WorkError
+from llm_quantize.formats import packing
+from llm_quantize.io import shards
+from llm_quantize.io.publish import Staging
+from llm_quantize.io.shards import Planned
+from llm_quantize.model import capture, source
+from llm_quantize.model.source import Source
+from llm_quantize.solver import moments
 
 QUICK = ["--calib_samples", "4", "--calib_seq_len", "32", "--eval_data", "off", "--device", "cpu"]
 QUICK += ["--group_size", "32", "--quality", "fast", "--calib_data", str(EMBEDDED_CALIBRATION), "--no_resume"]
@@ -538,7 +536,7 @@ def test_a_tokenizer_that_yields_nothing(
 def test_a_tokenizer_that_yields_nothing_of_this_text(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import calibration
+    from llm_quantize.calibration import calibration
 
     monkeypatch.setattr(calibration._Text, "_encode", lambda self, texts: [[] for _ in texts])
     assert run(model, tmp_path / "out") == 2

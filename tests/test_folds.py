@@ -15,10 +15,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import capture
-import folds
-from errors import InputError
-from folds import Fold, apply_fold, exact_folds, find_folds
+from llm_quantize.errors import InputError
+from llm_quantize.model import capture, folds
+from llm_quantize.model.folds import Fold, apply_fold, exact_folds, find_folds
 from models import CPU, FAMILIES, VOCABULARY, build, tokens
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"

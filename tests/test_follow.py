@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import capture
-from folds import find_folds
-from follow import Follower
-from gptq_solver import aim, factorize
+from llm_quantize.blockwise.follow import Follower
+from llm_quantize.blockwise.solve import EFFORTS, BlockChanges, SolveOptions, effort, solve_block
+from llm_quantize.model import capture
+from llm_quantize.model.folds import find_folds
+from llm_quantize.solver.gptq_solver import aim, factorize
 from models import CPU
-from solve import EFFORTS, BlockChanges, SolveOptions, effort, solve_block
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -25,16 +25,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import corpus
-import serve_check
-from calibration import load_windows
-from config import CalibrationConfig
-from errors import InputError, WorkError
+from llm_quantize.calibration import corpus
+from llm_quantize.calibration.calibration import load_windows
+from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.config import CalibrationConfig
+from llm_quantize.errors import InputError, WorkError
+from llm_quantize.io.untrusted import check_counts
+from llm_quantize.model.source import Source, examine_config, read_json, tensor_files, with_old_rope_keys
+from llm_quantize.serving import serve_check
 from models import FAMILIES, write
 from reference import write_rtn_checkpoint
-from saved import dequantized
-from source import Source, examine_config, read_json, tensor_files, with_old_rope_keys
-from untrusted import check_counts
 
 SECONDS = float(os.environ.get("LLM_QUANTIZE_FUZZ", "0"))
 Reader = Callable[[Path], object]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grid import (
+from llm_quantize.kernels.precision import representable
+from llm_quantize.solver.grid import (
     Grid,
     GridSpec,
     SearchEffort,
@@ -20,7 +21,6 @@ from grid import (
     search_grid,
 )
 from models import second_moment, weights
-from precision import representable
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 BOTH = [(HALF,), (BRAIN, HALF), (HALF, BRAIN)]

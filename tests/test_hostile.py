@@ -19,17 +19,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import corpus
-import serve_check
-from allocation import AllocationLimit, TooLarge
-from config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
 from conftest import MAIN
-from errors import InputError
-from hub import resolve_model
+from llm_quantize.calibration import corpus
+from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
+from llm_quantize.errors import InputError
+from llm_quantize.io.hub import resolve_model
+from llm_quantize.io.untrusted import read_limited, without_places
+from llm_quantize.model.allocation import AllocationLimit, TooLarge
+from llm_quantize.model.source import Source, convert_pickles, tensor_files
+from llm_quantize.serving import serve_check
 from models import CPU
-from saved import dequantized
-from source import Source, convert_pickles, tensor_files
-from untrusted import read_limited, without_places
 
 QUICK = ["--calib_samples", "2", "--calib_seq_len", "32", "--eval_data", "off", "--device", "cpu"]
 QUICK += ["--group_size", "32", "--quality", "fast"]
@@ -298,7 +298,9 @@ def test_a_tokenizers_config_cannot_name_what_is_elsewhere(model: Path, tmp_path
 def test_a_hub_cannot_name_a_file_outside_its_cache(listed: str, tmp_path: Path) -> None:
     """What a repository lists becomes paths under the cache, or nothing."""
     script = (
-        "import sys; import huggingface_hub as h; from errors import InputError; import hub\n"
+        "import sys; import huggingface_hub as h\n"
+        "from llm_quantize.errors import InputError\n"
+        "from llm_quantize.io import hub\n"
         "from types import SimpleNamespace as N\n"
         "info = N(sha='c0ffee' + '0' * 34, siblings=[N(rfilename=sys.argv[1])])\n"
         "h.HfApi.model_info = h.HfApi.repo_info = lambda *a, **k: info\n"
@@ -306,7 +308,7 @@ def test_a_hub_cannot_name_a_file_outside_its_cache(listed: str, tmp_path: Path)
         "try: hub.resolve_model('org/tiny', log=lambda line: None)\n"
         "except InputError as error: print(error)\n"
     )
-    folder = str(Path(serve_check.__file__).parent)
+    folder = str(Path(serve_check.__file__).parents[2])
     environment = {
         "HF_HOME": str(tmp_path / "home"),
         "HF_ENDPOINT": "http://127.0.0.1:9",
@@ -492,7 +494,7 @@ def test_the_limit_is_asked_before_memory_is_taken() -> None:
 
 def test_tokens_that_the_model_does_not_have(model: Path, tmp_path: Path, capsys: Any) -> None:
     """On a GPU an index out of range would end the process, and the run with it."""
-    import capture
+    from llm_quantize.model import capture
 
     source = Source.open(model)
     for token in (2048, -1):
@@ -561,7 +563,7 @@ def test_the_output_tells_nothing_of_the_machine(method: str, model: Path, tmp_p
         "2",
     ]
     words = [w for i, w in enumerate(words) if w != "off" and words[i : i + 2] != ["--eval_data", "off"]]
-    script = Path(serve_check.__file__).parent / f"{method}_quantize.py"
+    script = Path(serve_check.__file__).parents[2] / f"{method}_quantize.py"
     environment = {"HOME": str(home), "USER": "zyxwvut", "LOGNAME": "zyxwvut", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script), *words],
@@ -717,7 +719,9 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["some words", "more", None], "id": [1, 2, 3]}), path)
     data = path.read_bytes()
     script = (
-        "import sys; from pathlib import Path; import corpus; from errors import InputError\n"
+        "import sys; from pathlib import Path\n"
+        "from llm_quantize.calibration import corpus\n"
+        "from llm_quantize.errors import InputError\n"
         "path, told = Path(sys.argv[1]), 0\n"
         "data = path.read_bytes()\n"
         "for at in range(len(data)):\n"
@@ -727,7 +731,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
         "    except InputError: told += 1\n"
         "print(told)"
     )
-    folder = str(Path(serve_check.__file__).parent)
+    folder = str(Path(serve_check.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)],
         cwd=folder,

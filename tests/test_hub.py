@@ -32,10 +32,11 @@ EMBEDDED = SOURCES / "embedded" / "model"
 # Carries out calls, each a function of this script and its arguments; answers with their values or errors.
 CHILD = """
 import json, sys
-import corpus, hub
-from calibration import load_windows
-from config import CalibrationConfig
-from errors import InputError
+from llm_quantize.calibration import corpus
+from llm_quantize.calibration.calibration import load_windows
+from llm_quantize.config import CalibrationConfig
+from llm_quantize.errors import InputError
+from llm_quantize.io import hub
 
 def hurry(seconds):
     hub.HUB_TIMEOUT = corpus.HUB_TIMEOUT = seconds

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import journal
-from journal import Journal
+from llm_quantize.io import journal
+from llm_quantize.io.journal import Journal
 
 ENTRIES: list[dict[str, Any]] = [{"run": {"--bits": 4}}, {"step": 1, "text": "é\n"}, {"step": [2, None, 0.5]}]
 

@@ -23,21 +23,24 @@ import pytest
 import torch
 from torch import Tensor
 
-import dense
-import descent
-import grid
-import launching
-import precision
-import reorder
-import rounding
-from descent import Descent, descend_columns, descend_pieces
-from grid import Grid, GridSpec, SearchEffort
-from group_search import can_search, search_groups
-from lanes import Beside
-from launching import compile_together, launch, need_contiguous_rows, triton_since
-from precision import halved, halved_error, power_of_two, representable, split, split_fourfold, tensor_cores
-from reorder import divide_, permute, transposed, transposed_back, turn_
-from rounding import Rounding, compensate_columns
+from llm_quantize.kernels import dense, descent, launching, precision, reorder, rounding
+from llm_quantize.kernels.descent import Descent, descend_columns, descend_pieces
+from llm_quantize.kernels.group_search import can_search, search_groups
+from llm_quantize.kernels.lanes import Beside
+from llm_quantize.kernels.launching import compile_together, launch, need_contiguous_rows, triton_since
+from llm_quantize.kernels.precision import (
+    halved,
+    halved_error,
+    power_of_two,
+    representable,
+    split,
+    split_fourfold,
+    tensor_cores,
+)
+from llm_quantize.kernels.reorder import divide_, permute, transposed, transposed_back, turn_
+from llm_quantize.kernels.rounding import Rounding, compensate_columns
+from llm_quantize.solver import grid
+from llm_quantize.solver.grid import Grid, GridSpec, SearchEffort
 from seams import KERNELS, everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -858,7 +861,7 @@ def test_search_kernel_in_low_precision() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
-    import gptq_solver
+    from llm_quantize.solver import gptq_solver
 
     W, H = weights(300, 384), second_moment(384).float()
     spec = GridSpec(4, 128, True)
@@ -877,8 +880,7 @@ def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
 @pytest.mark.gpu
 def test_the_solver_hardly_waits_for_the_gpu(waits: Callable[[Callable[[], object]], int]) -> None:
     """One answer for a factorization, one for an error; none in a choice of scales, none in the rounding."""
-    import awq_search
-    import gptq_solver
+    from llm_quantize.solver import awq_search, gptq_solver
 
     W, H = weights(300, 1500).cuda(), second_moment(1500).float().cuda()
     spec, rows = GridSpec(4, 60, True), torch.arange(1500, device="cuda")

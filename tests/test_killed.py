@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from config import EMBEDDED_CALIBRATION
+from llm_quantize.config import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
 
 KILLS = int(os.environ.get("LLM_QUANTIZE_KILLS", "0"))

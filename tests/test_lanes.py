@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from folds import Fold
-from lanes import Beside, Lanes, Mark
-from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.blockwise.solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.kernels.lanes import Beside, Lanes, Mark
+from llm_quantize.model.folds import Fold
 
 CPU = torch.device("cpu")
 gpu = [

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from moments import SecondMoment
+from llm_quantize.solver.moments import SecondMoment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

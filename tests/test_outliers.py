@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import capture
-from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from conftest import Runs
-from evaluate import measure
+from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.evaluation.evaluate import measure
+from llm_quantize.model import capture
+from llm_quantize.model.source import Source
+from llm_quantize.solver.moments import SecondMoment
 from models import CPU
-from moments import SecondMoment
 from reference import write_rtn_checkpoint
-from source import Source
 
 FACTOR = 128.0
 

@@ -11,10 +11,10 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 
-from errors import InputError
-from grid import Grid
-from layouts import HOLDS
-from packing import check_shape, pack, planned, quantization_config, unpack
+from llm_quantize.errors import InputError
+from llm_quantize.formats.layouts import HOLDS
+from llm_quantize.formats.packing import check_shape, pack, planned, quantization_config, unpack
+from llm_quantize.solver.grid import Grid
 from reference import (
     Layer,
     groups_in_order,
@@ -182,7 +182,7 @@ def test_compressed_tensors_library_reads_it(bits: int, symmetric: bool) -> None
 def test_compressed_tensors_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer(3, False, 40, 96, 32)
     whole = product_pack("compressed-tensors", layer, 3, False, 32)
-    monkeypatch.setattr("packing._SLICE", 96 * 7)
+    monkeypatch.setattr("llm_quantize.formats.packing._SLICE", 96 * 7)
     sliced = product_pack("compressed-tensors", layer, 3, False, 32)
     assert all(torch.equal(whole[name], sliced[name]) for name in whole)
     np.testing.assert_array_equal(unpack("compressed-tensors", whole, 3, 32)[0].numpy(), layer.q)

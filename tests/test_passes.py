@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import capture
-import passes
-from capture import MicroBatch
+from llm_quantize.model import capture, passes
+from llm_quantize.model.capture import MicroBatch
+from llm_quantize.model.passes import Passes, walk
+from llm_quantize.model.source import Source
 from models import CPU, FAMILIES
-from passes import Passes, walk
-from source import Source
 
 Opened = tuple[Source, capture.States, dict[str, Any]]
 

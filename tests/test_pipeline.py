@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import awq_quantize
-import blocks
-import card
 import gptq_quantize
-from config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from conftest import MAIN, Finished, Runs
-from evaluate import Measured, measure
+from llm_quantize.blockwise import blocks
+from llm_quantize.blockwise.solve import solve_block
+from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.evaluation import card
+from llm_quantize.evaluation.evaluate import Measured, measure
+from llm_quantize.model.source import Source
 from models import CPU, FAMILIES, write
-from moments import SecondMoment
 from published_bytes import COMBINATIONS
 from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
-from solve import solve_block
-from source import Source
 
 TEXT = ("--calib_data", str(EMBEDDED_CALIBRATION))
 
@@ -308,13 +307,13 @@ class _Full:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("source.Source.load", 4),
-        ("moments.SecondMoment.finish", 9),
-        ("solve.Factorization", 9),
-        ("solve.descend", 9),
-        ("capture.forward", 2),  # to see which linears share an input
-        ("capture.forward", 3),  # for second moments
-        ("moments.SecondMoment.add", 5),  # between them
+        ("llm_quantize.model.source.Source.load", 4),
+        ("llm_quantize.solver.moments.SecondMoment.finish", 9),
+        ("llm_quantize.blockwise.solve.Factorization", 9),
+        ("llm_quantize.blockwise.solve.descend", 9),
+        ("llm_quantize.model.capture.forward", 2),  # to see which linears share an input
+        ("llm_quantize.model.capture.forward", 3),  # for second moments
+        ("llm_quantize.solver.moments.SecondMoment.add", 5),  # between them
     ],
 )
 def test_out_of_memory_once(
@@ -327,9 +326,7 @@ def test_out_of_memory_once(
 ) -> None:
     """Tried again with less at a time: what comes out is as good, and nothing is there twice."""
     module, _, attribute = where.rpartition(".")
-    owner: Any = {"source.Source": Source, "moments.SecondMoment": SecondMoment}.get(module) or sys.modules[
-        module
-    ]
+    owner: Any = resolve_name(module)
     full = _Full(getattr(owner, attribute), call)
     monkeypatch.setattr(owner, attribute, lambda *args, **kwargs: full(*args, **kwargs))
     target = tmp_path / "out"
@@ -337,7 +334,7 @@ def test_out_of_memory_once(
     assert full.count > call + 1
     told = "out of memory on cpu, tried again with" in capsys.readouterr().err
     # A forward pass is taken again at once, in smaller portions.
-    assert told == ((where, call) != ("capture.forward", 3))
+    assert told == ((where, call) != ("llm_quantize.model.capture.forward", 3))
     found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
     assert set(found) == set(expected)
     report = json.loads((target / "quantization_report.json").read_text())
@@ -348,7 +345,7 @@ def test_out_of_memory_once(
 def test_out_of_memory_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("solve.Factorization", _Full(lambda: None, *range(1000)))
+    monkeypatch.setattr("llm_quantize.blockwise.solve.Factorization", _Full(lambda: None, *range(1000)))
     assert gptq_quantize.main([*QUICK, "--output_path", str(tmp_path / "out")]) == 1
     line = said(capsys)
     assert "out of memory on cpu in model.layers.0 (1.34 GiB more were asked for)" in line
@@ -372,15 +369,15 @@ def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(blocks, "_block", block)
     for name, home in (("in order", "cpu"), ("at once", "meta")):
-        monkeypatch.setattr("pipeline.states_home", lambda *_, home=home: torch.device(home))
+        monkeypatch.setattr("llm_quantize.pipeline.states_home", lambda *_, home=home: torch.device(home))
         monkeypatch.setattr(
-            "pipeline.Course", lambda batch, home, in_order: blocks.Course(batch, CPU, in_order)
+            "llm_quantize.pipeline.Course", lambda batch, home, in_order: blocks.Course(batch, CPU, in_order)
         )
         if name == "at once":
             monkeypatch.setattr(blocks, "walk", lambda *_: pytest.fail("a pass halted"))
             stop.append(KeyboardInterrupt)
             assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 130
-            monkeypatch.setattr("pipeline.states_home", lambda *_: CPU)
+            monkeypatch.setattr("llm_quantize.pipeline.states_home", lambda *_: CPU)
         assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 0
         report = json.loads((tmp_path / name / "quantization_report.json").read_text())
         quality[name] = report["measured"]["kl"]

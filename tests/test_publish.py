@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from errors import InputError, WorkError
-from publish import Staging, check_target
+from llm_quantize.errors import InputError, WorkError
+from llm_quantize.io.publish import Staging, check_target
 
 
 def names(folder: Path) -> set[str]:
@@ -189,10 +189,10 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys, os; sys.path.insert(0, sys.argv[2])\n"
-        "from pathlib import Path\nfrom publish import Staging\n"
+        "from pathlib import Path\nfrom llm_quantize.io.publish import Staging\n"
         "Staging(Path(sys.argv[1]), overwrite=False).__enter__()\nos._exit(9)"
     )
-    module = Path(sys.modules["publish"].__file__ or "").parent
+    module = Path(sys.modules["llm_quantize.io.publish"].__file__ or "").parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), str(module)], check=False)
     assert done.returncode == 9
     assert names(tmp_path) == {".out.partial"}
@@ -204,7 +204,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def unsupported(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr("publish.fcntl.flock", unsupported)
+    monkeypatch.setattr("llm_quantize.io.publish.fcntl.flock", unsupported)
     write(tmp_path / "out")
     assert text(tmp_path / "out") == "new"
 
@@ -275,7 +275,7 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused("source model's directory or inside", tmp_path / "link")
     refused("holds the source model", tmp_path / "models")
     refused(r"too little disk at .* free \d+\.\d\d GiB or choose", tmp_path / "out", needed=1 << 60)
-    monkeypatch.setattr("publish.os.access", lambda *_: False)
+    monkeypatch.setattr("llm_quantize.io.publish.os.access", lambda *_: False)
     refused("is not writable", tmp_path / "new" / "out")
     assert names(tmp_path) == {"file", "photos", "models", "link"}
 

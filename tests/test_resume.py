@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-import blocks
-import pipeline
-from config import EMBEDDED_CALIBRATION
 from conftest import MAIN
+from llm_quantize import pipeline
+from llm_quantize.blockwise import blocks
+from llm_quantize.blockwise.solve import solve_block
+from llm_quantize.config import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
-from solve import solve_block
 
 BLOCKS = 3
 
@@ -160,7 +160,7 @@ def test_what_differs_is_told(
     refused("gptq", [], "differs in the model's weights:")
     os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with monkeypatch.context() as patch:
-        patch.setattr("resume.importlib.metadata.version", lambda name: "9.9")
+        patch.setattr("llm_quantize.blockwise.resume.importlib.metadata.version", lambda name: "9.9")
         refused("gptq", [], "there, 9.9 here)")
 
     # Measuring is no part of it, nor what the target may be.
@@ -204,8 +204,8 @@ def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pyte
         assert MAIN["gptq"](words(model, target)) == 1
     assert place(target).exists()
     with monkeypatch.context() as patch:
-        patch.setattr("capture.embed", killed)
-        patch.setattr("pipeline.measure", lambda *args: _measured())
+        patch.setattr("llm_quantize.model.capture.embed", killed)
+        patch.setattr("llm_quantize.pipeline.measure", lambda *args: _measured())
         assert interrupted("gptq", words(model, target), BLOCKS) == []
     assert set(contents(target)) == set(contents(tmp_path / "whole"))
     weights = "model.safetensors"
@@ -213,6 +213,6 @@ def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def _measured() -> Any:
-    from evaluate import Measured
+    from llm_quantize.evaluation.evaluate import Measured
 
     return Measured(1, 2.0, 2.0, 0.0, 1.0)

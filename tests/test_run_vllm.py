@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-import serve_check
+from llm_quantize.serving import serve_check
 from reference import quantization_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -942,7 +942,7 @@ def other_pythons() -> Sequence[str]:
 
 @pytest.mark.parametrize("python", other_pythons() or [sys.executable])
 def test_it_runs_on_any_python_without_packages(python: str, awq: Path) -> None:
-    check = Path(serve_check.__file__)
+    check = ROOT / "inference" / "quantize" / "serve_check.py"
     command = [python, "-I", "-S", str(check), "cpu", str(awq), "-q", "gptq"]
     done = subprocess.run(command, capture_output=True, timeout=60, env={"PATH": os.environ["PATH"]})
     fields = [str(awq), "local", "-q", "awq", "--host", "127.0.0.1", "--enforce-eager"]

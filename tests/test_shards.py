@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import shards
-from shards import DTYPES, Planned, plan
+from llm_quantize.io import shards
+from llm_quantize.io.shards import DTYPES, Planned, plan
 
 
 def tensors() -> dict[str, torch.Tensor]:

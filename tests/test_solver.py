@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dense
-from awq_search import candidates, choose_scales, scale_
-from folds import Fold
-from gptq_solver import (
+from llm_quantize.blockwise.solve import EFFORTS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.kernels import dense
+from llm_quantize.kernels.lanes import Lanes
+from llm_quantize.kernels.launching import on_triton
+from llm_quantize.model.folds import Fold
+from llm_quantize.solver.awq_search import candidates, choose_scales, scale_
+from llm_quantize.solver.gptq_solver import (
     Factor,
     NotFactorizable,
     activation_order,
@@ -22,7 +25,7 @@ from gptq_solver import (
     factorize,
     output_error,
 )
-from grid import (
+from llm_quantize.solver.grid import (
     Grid,
     GridSpec,
     SearchEffort,
@@ -32,10 +35,7 @@ from grid import (
     round_to_nearest,
     search_grid,
 )
-from lanes import Lanes
-from launching import on_triton
 from models import second_moment, weights
-from solve import EFFORTS, BlockChanges, SolveOptions, solve_block
 
 
 def condition(H: Tensor, damping: float) -> Tensor:
@@ -156,7 +156,7 @@ def test_dead_channels() -> None:
 @pytest.mark.parametrize("width", [1, 2, 5, 1023, 1024, 2050])
 def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
     """The permutation, Cholesky in place and the turn by strips, at their borders."""
-    import gptq_solver
+    from llm_quantize.solver import gptq_solver
 
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     H = x.T @ x + torch.eye(width)
@@ -219,7 +219,7 @@ def test_spans_change_nothing_but_the_order_of_sums(
     span: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many columns wait before the others are told: as with one span, which is the whole row."""
-    import gptq_solver
+    from llm_quantize.solver import gptq_solver
 
     W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
     spec = GridSpec(4, group, True)
@@ -252,7 +252,7 @@ def test_products_of_half_precision_cost_nothing(
     bits: int, group: int, symmetric: bool, size: float, halves: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the sizes of rows and channels: a few of each are a thousand times as large or as small as the rest."""
-    import gptq_solver
+    from llm_quantize.solver import gptq_solver
 
     width = 640
     monkeypatch.setattr(gptq_solver, "SPAN", 256)

@@ -28,12 +28,19 @@ from transformers import (
     T5Config,
 )
 
-import capture
-from capture import MicroBatch
-from config import EMBEDDED_MODEL
-from errors import FinalError, InputError, WorkError
+from llm_quantize.config import EMBEDDED_MODEL
+from llm_quantize.errors import FinalError, InputError, WorkError
+from llm_quantize.model import capture
+from llm_quantize.model.capture import MicroBatch
+from llm_quantize.model.source import (
+    Source,
+    convert_pickles,
+    examine_config,
+    read_json,
+    tensor_files,
+    with_old_rope_keys,
+)
 from models import CPU, FAMILIES, VOCABULARY, tokens, write
-from source import Source, convert_pickles, examine_config, read_json, tensor_files, with_old_rope_keys
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
 

@@ -148,5 +148,5 @@ def test_no_module_takes_the_name_of_a_package() -> None:
     ours = {
         path.stem for where in ("benchmarks", "inference/quantize") for path in (ROOT / where).glob("*.py")
     }
-    assert len(ours) > 30
+    assert len(ours) > 5
     assert not ours & taken

@@ -15,19 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import checkpoint
-import saved
-import shards
-import source
-import transfer
-from checkpoint import CheckpointWriter, digest
-from errors import FinalError, WorkError
-from evaluate import measure
+from llm_quantize.checkpoint import checkpoint, saved
+from llm_quantize.checkpoint.checkpoint import CheckpointWriter, digest
+from llm_quantize.errors import FinalError, WorkError
+from llm_quantize.evaluation.evaluate import measure
+from llm_quantize.io import shards, transfer
+from llm_quantize.io.publish import Staging
+from llm_quantize.io.shards import Planned
+from llm_quantize.io.transfer import Incoming, Outgoing
+from llm_quantize.model import source
 from models import FAMILIES, write
-from publish import Staging
 from reference import write_rtn_checkpoint
-from shards import Planned
-from transfer import Incoming, Outgoing
 
 
 def plain(size: int) -> Tensor:

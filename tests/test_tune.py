@@ -12,18 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import blocks
-import capture
 import gptq_quantize
-import tune
-from config import EMBEDDED_CALIBRATION
 from conftest import Runs
-from grid import Grid, dequantize, minmax_grid, round_to_nearest
+from llm_quantize.blockwise import blocks, tune
+from llm_quantize.blockwise.solve import EFFORTS, LayerReport, Solved, SolveOptions, effort
+from llm_quantize.config import EMBEDDED_CALIBRATION
+from llm_quantize.kernels.precision import representable
+from llm_quantize.model import capture
+from llm_quantize.model.source import Source
+from llm_quantize.solver.grid import Grid, dequantize, minmax_grid, round_to_nearest
 from models import CPU, tokens
-from precision import representable
 from reference import dequantize_directory
-from solve import EFFORTS, LayerReport, Solved, SolveOptions, effort
-from source import Source
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from config import EMBEDDED_MODEL
+from llm_quantize.config import EMBEDDED_MODEL
 from serving import KINDS, Kind, Server, make_checkpoint, reference_model, running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]

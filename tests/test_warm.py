@@ -14,17 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import blocks
-import columns
-import dense
 import gptq_quantize
-import warm
-from awq_search import choose_scales, scale_
-from gptq_solver import Factorization, compensate, descend
-from grid import metric_blocks, search_grid
+from llm_quantize.blockwise import blocks, warm
+from llm_quantize.blockwise.solve import AWQ_EFFORT, EFFORTS, SolveOptions
+from llm_quantize.kernels import columns, dense
+from llm_quantize.model.source import Source
+from llm_quantize.solver.awq_search import choose_scales, scale_
+from llm_quantize.solver.gptq_solver import Factorization, compensate, descend
+from llm_quantize.solver.grid import metric_blocks, search_grid
 from seams import everywhere
-from solve import AWQ_EFFORT, EFFORTS, SolveOptions
-from source import Source
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -181,7 +179,7 @@ def test_it_begins_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest
         taken.append(run.options)
         real_blocks(run, *rest)
 
-    monkeypatch.setattr("pipeline.quantize_blocks", quantized)
+    monkeypatch.setattr("llm_quantize.pipeline.quantize_blocks", quantized)
     words = ["--calib_samples", "4", "--calib_seq_len", "64", "--eval_data", "off", "--device", "cpu"]
     assert gptq_quantize.main([*words, "--bits", "3", "--output_path", str(tmp_path / "out")]) == 0
     assert order[:4] == [(taken[0], False), "built", "waited for", "blocks"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-import cli
+from llm_quantize import cli
 
 
 def main(argv: list[str] | None = None) -> int:

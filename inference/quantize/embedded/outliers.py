@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from folds import Fold, find_folds, scale_block, sources
-from source import Source
+from llm_quantize.model.folds import Fold, find_folds, scale_block, sources
+from llm_quantize.model.source import Source
 
 
 def grow(block: nn.Module, fold: Fold, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:

@@ -1,0 +1,346 @@
+"""The only loop over blocks: from calibration tokens to everything of the checkpoint handed to its writer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm_quantize.blockwise import tune
+from llm_quantize.blockwise.contents import copy_outside, pass_through, settle_others, write_linear
+from llm_quantize.blockwise.follow import Follower
+from llm_quantize.blockwise.job import Run
+from llm_quantize.blockwise.resume import KeptStates
+from llm_quantize.blockwise.solve import STACK, BlockChanges, LayerReport, Moments, Solved, solve_block
+from llm_quantize.calibration.calibration import Windows
+from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.console import Blocks
+from llm_quantize.errors import WorkError
+from llm_quantize.evaluation.evaluate import QuantizedSource
+from llm_quantize.kernels.lanes import Lanes
+from llm_quantize.model import capture, passes
+from llm_quantize.model.capture import linear_at
+from llm_quantize.model.folds import Fold, exact_folds, find_folds, unknown
+from llm_quantize.model.passes import Passes, walk
+from llm_quantize.model.source import Source
+from llm_quantize.solver.moments import SecondMoment
+
+# Matrices that a linear's solution holds at most: of the second moment's size beside it, and of the weight's.
+FACTOR, ROUNDING = 2, 8
+
+
+@dataclass(slots=True)
+class Course:
+    """How a run goes, which resuming it must not change, since the last bits depend on it.
+
+    batch: as large as the run began with; home: where the states live; in_order: each linear of a block is rounded for
+    what those before it, rounded, make of its inputs, by passes that halt. That takes the states again for every input,
+    which is slow where they come from the host: there all inputs are taken at once, of the block as it was.
+
+    side_by_side: linears with different inputs are rounded at the same time where there is room; tuned: blocks are
+    tuned where the effort has it and there is room; these may change.
+    """
+
+    batch: capture.MicroBatch
+    home: torch.device
+    in_order: bool
+    side_by_side: bool = True
+    tuned: bool = True
+
+
+def quantize_blocks(
+    run: Run, windows: Windows, writer: CheckpointWriter, kept: KeptStates, course: Course
+) -> None:
+    """Quantizes every block that the writer's journal does not list, one step each. What belongs to no block goes with
+    the first one: it may be large, and is written while the others are worked on.
+
+    Errors: `InputError` for an architecture that is not supported, `WorkError` for what fails.
+    """
+    source, device, batch = run.source, run.device, course.batch
+    done = len(writer.steps)
+    for step in writer.steps:
+        run.reports += [LayerReport(**report) for report in step["reports"]]
+    with run.console.blocks(len(source.blocks)) as progress:
+        if done < len(source.blocks):
+            source.ahead(done, device)
+            with run.stage("embed"):
+                followed = run.options.effort.followed(*windows.tokens.shape)
+                loading = partial(run.stage, "load")
+                tokens, home = windows.tokens, course.home
+                states, calls = capture.embed(source, tokens, home, device, run.compute, loading)
+                reference = capture.copied(states, followed) if followed else None
+        if done:
+            run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
+            if done < len(source.blocks):
+                progress.step("replay of what is done")
+                with run.stage("replay of what is done"):
+                    _catch_up(run, writer, kept, states, reference, calls, batch)
+            progress.skip(done)
+        for index in range(done, len(source.blocks)):
+            while True:
+                reported = len(run.reports)
+                try:
+                    if index == 0:
+                        with run.stage("pass through"):
+                            copy_outside(run, writer)
+                    kwargs = calls.kwargs[index]
+                    onward = _block(run, index, writer, states, reference, kwargs, course, progress)
+                    break
+                except torch.cuda.OutOfMemoryError as error:
+                    told = str(error)
+                # Outside of the handler, which would keep what the failed attempt held.
+                source.release(source.modules[index])
+                writer.forget()
+                del run.reports[reported:]
+                course.side_by_side = False
+                streams = [states] if reference is None else [states, reference]
+                _relieve(run, source.blocks[index], streams, batch, told)
+            with onward:
+                if index + 1 < len(source.blocks):
+                    progress.step("replay")
+                    with run.stage("replay"):
+                        kept.wait()
+                        onward.advance(source.blocks[index])
+            del onward
+            source.release(source.modules[index])
+            writer.commit({"reports": [asdict(r) for r in run.reports[reported:]], "windows": batch.windows})
+            if index + 1 < len(source.blocks):
+                kept.offer(states, index + 1)
+            progress.advance()
+
+
+def _block(
+    run: Run,
+    index: int,
+    writer: CheckpointWriter,
+    states: capture.States,
+    reference: capture.States | None,
+    kwargs: dict[str, Any],
+    course: Course,
+    progress: Blocks,
+) -> Passes | Follower:
+    """Quantizes one block and hands everything of it to the writer; the states stay as they are.
+
+    reference: the source's own states of the first windows, where they are followed. The result takes the states on;
+    it is the caller's to close.
+    """
+    source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
+    batch = course.batch
+    progress.step("load")
+    with run.stage("load"):
+        source.load(block, name, run.device, run.compute)
+        source.ahead(index + 1, run.device)
+    groups = capture.distinct_inputs(block, states, kwargs)
+    _all_reached(source, index, groups)
+    stops = [paths[0] for paths in groups]
+    widest = max(linear_at(block, path).in_features for path in stops)
+    largest = max(sum(linear_at(block, path).weight.numel() for path in paths) for paths in groups)
+    room = passes.room(run.device, run.config.max_memory, widest, min(largest, STACK))
+    follower = None
+    if reference is not None:
+        within = partial(run.stage, "capture")
+        follower = Follower(block, reference, states, kwargs, groups, batch, room, within)
+    settle_others(run, block, index)  # the follower has them as they were
+    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+    onward = follower or Passes(block, states, kwargs, stops, batch, room)
+
+    def in_order(group: int) -> Tensor | None:
+        """The moment of one group's input, all before it rounded."""
+        assert isinstance(onward, Passes)
+        progress.step(f"capture {stops[group]}")
+        with run.stage("capture"):
+            total = SecondMoment(linear_at(block, stops[group]).in_features, run.device)
+            for (reached,) in walk((onward,), group):
+                assert reached is not None
+                total.add(reached[0])
+            return _finished(run, f"{name}.{stops[group]}", total)
+
+    moments: Moments = in_order
+    lanes = None
+    try:
+        if folds or (follower is None and not course.in_order):
+            progress.step("capture")
+            with run.stage("capture"):
+                moments = _at_once(run, block, name, states, kwargs, groups, batch).pop
+            if course.side_by_side and follower is None:
+                lanes = _lanes(run, block, groups)
+        changes = BlockChanges()
+        args = (block, name, groups, moments, folds, run.options, changes, follower, lanes)
+        with run.stage("solve"), closing(solve_block(*args)) as linears:
+            ready: Iterable[Solved] = linears
+            if run.options.effort.tune and follower is not None and course.tuned:
+                ready = _tuned(run, index, list(linears), follower, states, kwargs, course, progress)
+            for solved in ready:
+                progress.step(f"solved {solved.path}")
+                with run.stage("pack"):
+                    write_linear(run, writer, name, solved)
+        with run.stage("pass through"):
+            pass_through(run, writer, block, index, changes)
+    except BaseException:
+        onward.close()
+        raise
+    return onward
+
+
+def _tuned(
+    run: Run,
+    index: int,
+    solved: list[Solved],
+    follower: Follower,
+    states: capture.States,
+    kwargs: dict[str, Any],
+    course: Course,
+    progress: Blocks,
+) -> list[Solved]:
+    """The linears of block `index` after tuning; as they are where there is no memory for that, and then no other
+    block is tuned either."""
+    block, name = run.source.modules[index], run.source.blocks[index]
+    follower.drop()
+    heads = int(getattr(run.source.config.get_text_config(), "num_attention_heads", 1))
+    needed = tune.memory(solved, states.length, heads)
+    if _fits(run, needed):
+        progress.step("tune")
+        with run.stage("tune"), suppress(torch.cuda.OutOfMemoryError):
+            windows = tune.windows_used(run.options.effort.tune, states.length)
+            goal = follower.goal(name, windows)
+            return tune.tune_block(block, solved, run.options, states, goal, kwargs)
+    course.tuned = False
+    run.console.warn(
+        f"{name}: tuning takes about {needed / 2**30:.1f} GiB of {run.device}, which are not there: it is rounded "
+        "without, as the blocks after it"
+    )
+    return solved
+
+
+def _fits(run: Run, needed: int) -> bool:
+    return run.device.type != "cuda" or needed < capture.free_memory(run.device, run.config.max_memory)
+
+
+def _relieve(
+    run: Run, name: str, streams: list[capture.States], batch: capture.MicroBatch, told: str
+) -> None:
+    """After memory ran out in a block: gives up what can be done without, for another attempt.
+
+    Errors: `WorkError` where nothing is left, saying how much would have been needed; `told`: PyTorch's words.
+    """
+    moved = sum(states.to_host() for states in streams) > 0
+    if moved or batch.halve():
+        torch.cuda.empty_cache()
+        how = "the states in host memory" if moved else f"{batch.windows} windows at a time"
+        run.console.warn(f"{name}: out of memory on {run.device}, tried again with {how}")
+        return
+    match = re.search(r"allocate ([\d.]+) ([KMG])iB", told)
+    more = f" ({match[1]} {match[2]}iB more were asked for)" if match else ""
+    raise WorkError(
+        f"out of memory on {run.device} in {name}{more}, with one window at a time and the states in host memory: "
+        "free the GPU, raise --max_memory, lower --calib_seq_len, or take --device cpu"
+    )
+
+
+def _catch_up(
+    run: Run,
+    writer: CheckpointWriter,
+    kept: KeptStates,
+    states: capture.States,
+    reference: capture.States | None,
+    calls: capture.Calls,
+    batch: capture.MicroBatch,
+) -> None:
+    """Brings the states to where the first block that is not done takes them, through those in the files; and the
+    source's own, where they are followed, through the source's blocks.
+
+    In the same micro-batches as then: their size can change the last bits of a product.
+    """
+    done = len(writer.steps)
+    if reference is not None:
+        for index in range(done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], run.source.modules[index]
+            run.source.load(block, name, run.device, run.compute)
+            capture.replay(block, name, reference, calls.kwargs[index], batch)
+            run.source.release(block)
+    start = kept.restore(states, done)
+    if start < done:
+        quantized = QuantizedSource(run.source, writer.directory)
+        for index in range(start, done):
+            batch.windows = writer.steps[index]["windows"]
+            name, block = run.source.blocks[index], quantized.modules[index]
+            quantized.load(block, name, run.device, run.compute)
+            capture.replay(block, name, states, calls.kwargs[index], batch)
+            quantized.release(block)
+    batch.windows = writer.steps[-1]["windows"]
+
+
+def states_home(run: Run, tokens: Tensor) -> torch.device:
+    """Where the states live, and those of the source that are followed: on the device if they take at most a third of
+    what is free, else in host memory."""
+    if run.device.type == "cpu":
+        return run.device
+    width = run.source.skeleton.get_input_embeddings().weight.shape[1]
+    windows, length = tokens.shape
+    followed = run.options.effort.followed(windows, length)
+    needed = (windows + followed) * length * width * run.compute.itemsize
+    free = capture.free_memory(run.device, run.config.max_memory)
+    return run.device if needed < free / 3 else torch.device("cpu")
+
+
+def _all_reached(source: Source, index: int, groups: list[list[str]]) -> None:
+    reached = {path for group in groups for path in group}
+    missed = [linear.name for linear in source.linears(index) if linear.path not in reached]
+    if missed:
+        raise WorkError(f"{missed[0]} is never used in the forward pass: this architecture is not supported")
+
+
+def _folds(run: Run, index: int, states: capture.States, kwargs: dict[str, Any]) -> list[Fold]:
+    """The folds of block `index` that hold for what it computes. Errors: `InputError` where the first has none."""
+    block = run.source.modules[index]
+    named = find_folds(block, run.source.config)
+    folds = exact_folds(block, named, states.get(0, 1), lambda hidden: capture.forward(block, hidden, kwargs))
+    if index == 0 and not folds:
+        raise unknown(block)
+    if index == 0 and len(folds) < len(named):
+        without = ", ".join(t for fold in named if fold not in folds for t in fold.targets)
+        run.console.warn(f"{type(block).__name__}: no channel scales fit {without}; rounded without them")
+    return folds
+
+
+def _at_once(
+    run: Run,
+    block: torch.nn.Module,
+    name: str,
+    states: capture.States,
+    kwargs: dict[str, Any],
+    groups: list[list[str]],
+    batch: capture.MicroBatch,
+) -> dict[int, Tensor | None]:
+    """The moments of all groups' inputs by their numbers, from one pass through the block as it is."""
+    sums = [SecondMoment(linear_at(block, paths[0]).in_features, run.device) for paths in groups]
+    capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
+    return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
+
+
+def _lanes(run: Run, block: torch.nn.Module, groups: list[list[str]]) -> Lanes | None:
+    """One for each group of linears, on a GPU with room for all of them and for what else lies there."""
+    if run.device.type != "cuda":
+        return None
+    needed = 0
+    for paths in groups:
+        width = linear_at(block, paths[0]).in_features
+        needed += 4 * (
+            FACTOR * width**2 + ROUNDING * width * sum(linear_at(block, p).out_features for p in paths)
+        )
+    free = capture.free_memory(run.device, run.config.max_memory)
+    return Lanes.on(run.device, len(groups)) if 2 * needed < free else None
+
+
+def _finished(run: Run, name: str, total: SecondMoment) -> Tensor | None:
+    if total.finite():
+        return total.finish()
+    run.console.warn(f"{name}: its inputs overflow; rounded to nearest")
+    return None

@@ -1,0 +1,222 @@
+"""A block's integers and group scales, tuned together by gradient towards what the source's block gives.
+
+Rounding makes the most of each linear alone, from second moments. Here the whole block runs, with what lies between its
+linears, and all of them move at once: the integers as numbers that are rounded on the way (straight through: Bengio et
+al., arXiv:1308.3432), the scales as factors on those found. Block after block, as BRECQ does (Li et al.,
+arXiv:2102.05426), and towards the source's states from those that the quantized model makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+
+from llm_quantize.blockwise.solve import Solved, SolveOptions
+from llm_quantize.kernels.precision import representable
+from llm_quantize.model import capture
+from llm_quantize.solver.grid import Grid, GridSpec, dequantize
+
+TOKENS = 2048  # of one step
+EPOCHS = 6  # at most so many times the same windows: more fits them and not the text
+TRAVEL, FASTEST = (
+    4.0,
+    0.02,
+)  # of Adam's rate for integers, in steps of the grid: all rates together, and the peak
+SCALE_RATE = 0.003  # relative
+BETAS = (0.9, 0.99)
+WARM_UP = 0.05  # of the steps
+SAMPLE = 16  # steps' tokens on which it is told whether all that has helped
+
+
+def windows_used(steps: int, length: int) -> int:
+    """How many windows of `length` tokens `steps` steps see in one epoch of the fewest that they want."""
+    return math.ceil(steps / EPOCHS) * _per_step(length)
+
+
+def memory(solved: list[Solved], length: int, heads: int) -> int:
+    """Bytes that `tune_block` takes, about: numbers, their gradients and moments; what a step's tokens leave behind."""
+    weights = sum(each.q.numel() for each in solved)
+    widths = sum(sum(each.q.shape) for each in solved)
+    size = _per_step(length)
+    return 27 * weights + size * length * (8 * widths + 16 * heads * length)
+
+
+def _per_step(length: int) -> int:
+    return max(1, round(TOKENS / length))
+
+
+def tune_block(
+    block: nn.Module,
+    solved: list[Solved],
+    options: SolveOptions,
+    states: capture.States,
+    goal: capture.States,
+    kwargs: dict[str, Any],
+) -> list[Solved]:
+    """The linears of a block, which holds them, with other integers and scales; they are in the block at the end.
+
+    states: what enters the block; goal: what the source's block gives, for the first of those windows or all. Where
+    that comes no closer, or memory runs out on the way, the block and the linears are as they were.
+    """
+    linears = [_Linear(each, options, states.device) for each in solved]
+    size = _per_step(states.length)
+    pieces = [(a, min(a + size, len(goal))) for a in range(0, len(goal), size)]
+    steps = min(options.effort.tune, EPOCHS * len(pieces))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [linear.u for linear in linears], "lr": min(FASTEST, TRAVEL / steps)},
+            {"params": [linear.factor for linear in linears], "lr": SCALE_RATE},
+        ],
+        betas=BETAS,
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    run = _Run(block, kwargs, states.device)
+
+    def distance(start: int, stop: int) -> Tensor:
+        weights = {f"{linear.path}.weight": linear.weight(run.dtype) for linear in linears}
+        return _distance(run(states.get(start, stop), weights), goal.get(start, stop))
+
+    def sample() -> float:
+        with torch.no_grad():
+            return float(torch.stack([distance(*piece) for piece in pieces[:SAMPLE]]).mean())
+
+    before = sample()
+    for step, (start, stop) in zip(range(steps), _shuffled(pieces), strict=False):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * _pace(step, steps)
+        with torch.enable_grad():
+            torch.autograd.backward(distance(start, stop))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    del optimizer
+    if not sample() < before:  # nor where it is no number
+        return solved
+    return [linear.settle(block) for linear in linears]
+
+
+def _shuffled(pieces: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The pieces in one order after another, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for index in torch.randperm(len(pieces), generator=generator).tolist():
+            yield pieces[index]
+
+
+def _pace(step: int, steps: int) -> float:
+    """Factor of the learning rates: a linear warm-up, and half a cosine down to zero."""
+    return min(1.0, (step + 1) / (WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _distance(made: Tensor, wanted: Tensor) -> Tensor:
+    """The mean squared distance of states (n, length, width); of tokens far larger than most, in their own measure."""
+    wanted = wanted.float()
+    power = wanted.square().mean(2)
+    lost = (made.float() - wanted).square().mean(2)
+    return (lost / power.clamp(min=power.median())).mean()
+
+
+class _Run:
+    """The block with other weights, in a precision that gradients survive."""
+
+    def __init__(self, block: nn.Module, kwargs: dict[str, Any], device: torch.device) -> None:
+        self._block, self._kwargs = _Replaced(block), kwargs
+        self._device = device
+        self._half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        self.dtype = torch.bfloat16 if self._half else torch.float32
+        self._others: dict[str, Tensor] = {}
+        if not self._half:
+            self._others = {name: p.detach().float() for name, p in block.named_parameters()}
+            self._kwargs = tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, kwargs)
+
+    def __call__(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        within: AbstractContextManager[Any] = nullcontext()
+        if self._half:
+            within = torch.autocast(self._device.type, self.dtype)
+        else:
+            hidden = hidden.float()
+        # The fused kernels' gradients differ in the last bits from one run to the next.
+        with within, sdpa_kernel(SDPBackend.MATH):
+            result: Tensor = torch.func.functional_call(
+                self._block,
+                {f"block.{k}": v for k, v in {**self._others, **weights}.items()},
+                (hidden, self._kwargs),
+            )
+        return result
+
+
+class _Replaced(nn.Module):
+    """A block as `capture.forward` calls it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return capture.forward(self.block, hidden, kwargs)
+
+
+class _Linear:
+    """One linear on its way: `u`, float32 (out, in), the signed integers before they are rounded; `factor`, float32
+    (out, groups), on its scales. Groups that follow the activation order stand together in here."""
+
+    def __init__(self, solved: Solved, options: SolveOptions, device: torch.device) -> None:
+        self._solved, self.path = solved, solved.path
+        self._spec: GridSpec = options.spec(solved.q.shape[1])
+        order = None if solved.g_idx is None else torch.argsort(solved.g_idx, stable=True).to(device)
+        self._place = None if order is None else torch.argsort(order)  # of each column among the groups
+        self._zero, self._scale = solved.grid.zero.to(device), solved.grid.scale.to(device)
+        q = solved.q.to(device)
+        q = q if order is None else q[:, order]
+        zero = self._zero.repeat_interleave(self._spec.group_size, 1)
+        self.u = (q.float() - zero).requires_grad_()
+        self.factor = torch.ones_like(self._scale).requires_grad_()
+
+    def _back(self, columns: Tensor) -> Tensor:
+        return columns if self._place is None else columns[:, self._place]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """De-quantized as it now is, (out, in)."""
+        made: Tensor = _Rounded.apply(self.u, self._scale * self.factor, self._zero, self._spec.levels, dtype)
+        return self._back(made)
+
+    @torch.no_grad()
+    def settle(self, block: nn.Module) -> Solved:
+        """What the file will hold, which the block gets too."""
+        size, levels = self._spec.group_size, self._spec.levels
+        grid = Grid(representable(self._scale * self.factor, self._spec.scale_dtypes), self._zero)
+        q = _steps(self.u, self._zero, levels) + self._zero.unsqueeze(2)
+        integers = q.flatten(1).to(torch.uint8)
+        weight = capture.linear_at(block, self.path).weight
+        weight.copy_(self._back(dequantize(integers, grid, size)).to(weight.dtype))
+        return replace(self._solved, q=self._back(integers).contiguous(), grid=grid)
+
+
+def _steps(u: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """Signed whole steps `q - z` of each group, (out, groups, columns)."""
+    low = -zero.unsqueeze(2)
+    return torch.round(u.view(*zero.shape, -1)).clamp_(low, low + levels)
+
+
+class _Rounded(torch.autograd.Function):
+    """`round(u) * scale`, with the gradient of `u * scale` for `u` and of `round(u) * scale` for the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, scale: Tensor, zero: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
+        steps = _steps(u, zero, levels)
+        ctx.save_for_backward(steps.to(torch.int16), scale)
+        return steps.mul_(scale.unsqueeze(2)).to(dtype).view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        steps, scale = ctx.saved_tensors
+        by_group = gradient.float().view(steps.shape)
+        of_scale = (by_group * steps).sum(2)
+        return (by_group * scale.unsqueeze(2)).view_as(gradient), of_scale, None, None, None

@@ -1,0 +1,118 @@
+"""Second moments of a linear's inputs: `H = mean x x^T`, from tokens that arrive in pieces.
+
+Products of two float16 or bfloat16 numbers are exact in float32, so such inputs go through the tensor cores
+with float32 sums and lose nothing but the rounding of those sums. `H` is symmetric: only the blocks on and
+below its diagonal are computed, each summed in place.
+
+Knows tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_quantize.kernels.dense import halves_, takes_halves
+
+BLOCKS = 8  # block rows of a wide H at least: 36 of 64 blocks are computed
+BLOCK = 1024  # rows of a block at most: the wider H is, the smaller is the part computed in vain
+WIDE = 2048  # below this one product is faster than several
+CHUNK = 8192  # tokens that are widened to float32 at a time, where the device has no mixed product
+
+
+class SecondMoment:
+    """The sum of `x x^T` over tokens and their number.
+
+    width: input channels; memory: one float32 (width, width).
+    """
+
+    def __init__(self, width: int, device: torch.device | str) -> None:
+        self.width = width
+        self.tokens = 0
+        self._sum = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self._finished = False
+        step = min(-(-width // BLOCKS), BLOCK) if width >= WIDE else width
+        step = -(-step // 128) * 128  # whole tiles
+        self._edges = [(a, min(a + step, width)) for a in range(0, width, step)]
+
+    def add(self, x: Tensor) -> None:
+        """Counts the tokens of `x` (..., width), float16, bfloat16 or float32, on the same device."""
+        if self._finished:
+            raise RuntimeError("finish() was called: this second moment takes no more tokens")
+        x = x.detach().reshape(-1, self.width)
+        self.tokens += x.shape[0]
+        if x.dtype != torch.float32 and takes_halves(x):
+            self._accumulate(x)
+            return
+        for start in range(0, x.shape[0], CHUNK):
+            self._accumulate(x[start : start + CHUNK].to(torch.float32))
+
+    def _accumulate(self, x: Tensor) -> None:
+        if x.shape[0] == 0:
+            return
+        for a, b in self._edges:
+            block, left, right = self._sum[a:b, :b], x[:, a:b].T, x[:, :b]
+            if x.dtype == torch.float32:
+                block.addmm_(left, right)
+            else:
+                halves_(block, left, right)
+
+    def finite(self) -> bool:
+        """Whether no NaN and no infinity came in, and no sum overflowed.
+
+        The diagonal tells: it holds every channel's squares, and `|H_ij|` is at most the larger of `H_ii`,
+        `H_jj`.
+        """
+        return bool(torch.isfinite(self._sum.diagonal()).all())
+
+    def merge(self, other: SecondMoment) -> None:
+        """Adds the tokens of another, unfinished both."""
+        if self._finished or other._finished:
+            raise RuntimeError("finish() was called: only sums can be merged, not means")
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Makes this the sum over the ranks of `group` (all by default), on each of them."""
+        if self._finished:
+            raise RuntimeError("finish() was called: only sums can be reduced, not means")
+        dist.all_reduce(self._sum, group=group)
+        count = torch.tensor(self.tokens, dtype=torch.int64, device=self._sum.device)
+        dist.all_reduce(count, group=group)
+        self.tokens = int(count)
+
+    def finish(self) -> Tensor:
+        """The mean `H`: float32 (width, width), exactly symmetric; zeros where no token came.
+
+        Works in place and returns the buffer itself: nothing can be added afterwards.
+        """
+        if not self._finished:
+            for a, b in self._edges:
+                corner = self._sum[a:b, a:b]
+                corner.copy_(corner.tril() + corner.tril(-1).T)
+                self._sum[:a, a:b] = self._sum[a:b, :a].T
+            self._sum /= max(self.tokens, 1)
+            self._finished = True
+        return self._sum
+
+
+class CrossMoment:
+    """The sum of `y x^T` over tokens: float32 (outputs, width), for two tensors of the same tokens."""
+
+    def __init__(self, outputs: int, width: int, device: torch.device | str) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(outputs, width, dtype=torch.float32, device=device)
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Counts the tokens of `y` (tokens, outputs) and `x` (tokens, width), of one dtype and device."""
+        self.tokens += x.shape[0]
+        if x.dtype != torch.float32 and takes_halves(x):
+            halves_(self._sum, y.T, x)
+            return
+        for start in range(0, x.shape[0], CHUNK):
+            self._sum.addmm_(y[start : start + CHUNK].float().T, x[start : start + CHUNK].float())
+
+    def finish(self) -> Tensor:
+        """The mean; zeros where no token came. Nothing can be added afterwards."""
+        return self._sum.div_(max(self.tokens, 1))
