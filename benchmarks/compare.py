@@ -20,13 +20,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
-from llm_quantize.backends import libraries
+from llm_quantize.backends import registry
 from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
 from llm_quantize.errors import InputError, WorkError
 
 HERE = Path(__file__).resolve().parent
 PEER = "llm-compressor"
-libraries.LIBRARIES[PEER] = libraries.Library(
+registry.LIBRARIES[PEER] = registry.Library(
     "llm-compressor",
     "0.14.0.1",
     "llmcompressor",
@@ -58,7 +58,7 @@ class Row:
 
 def entries(method: str) -> tuple[str, ...]:
     """What there is to compare for a method."""
-    return libraries.choices(method)
+    return registry.choices(method)
 
 
 def settings(args: argparse.Namespace, method: Any, entry: Any, output: Path) -> QuantizeConfig:
@@ -88,8 +88,8 @@ def measure(args: argparse.Namespace, method: str, entry: str) -> Row:
         result = pipeline.quantize(settings(args, method, entry, Path(scratch) / "out"), Console(quiet=True))
         size = sum(file.stat().st_size for file in result.output.glob("*.safetensors"))
     assert result.measured is not None
-    name = "torch" if entry == libraries.NATIVE else libraries.LIBRARIES[entry].distribution
-    title = "torch " if entry == libraries.NATIVE else ""
+    name = "torch" if entry == registry.NATIVE else registry.LIBRARIES[entry].distribution
+    title = "torch " if entry == registry.NATIVE else ""
     return Row(
         method,
         entry,
@@ -122,7 +122,7 @@ def table(rows: list[Row], where: str) -> str:
         "| KL divergence | perplexity |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    own = {row.method: row.seconds for row in rows if row.entry == libraries.NATIVE and not row.error}
+    own = {row.method: row.seconds for row in rows if row.entry == registry.NATIVE and not row.error}
     for row in rows:
         name = TITLES.get(row.entry, row.entry)
         if row.error:
@@ -141,7 +141,7 @@ def machine(device: str) -> str:
     """What it ran on."""
     import torch
 
-    from llm_quantize.evaluation.evaluate import pick_device
+    from llm_quantize.evaluation.perplexity import pick_device
 
     found = pick_device(device)
     name = torch.cuda.get_device_name(found) if found.type == "cuda" else "CPU"

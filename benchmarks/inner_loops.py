@@ -21,16 +21,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
-from llm_quantize.kernels import dense
-from llm_quantize.kernels.columns import COLUMNS
-from llm_quantize.kernels.descent import Descent, descend_columns
-from llm_quantize.kernels.launching import on_triton
+from llm_quantize.kernels import cholesky
+from llm_quantize.kernels.coordinate_descent import Descent, descend_columns
+from llm_quantize.kernels.gptq_columns import Rounding, compensate_columns
+from llm_quantize.kernels.launcher import on_triton
+from llm_quantize.kernels.permutation import permute
 from llm_quantize.kernels.precision import tensor_cores
-from llm_quantize.kernels.reorder import permute
-from llm_quantize.kernels.rounding import Rounding, compensate_columns
-from llm_quantize.solver import awq_search, gptq_solver, grid
-from llm_quantize.solver.grid import Grid, GridSpec
-from llm_quantize.solver.moments import SecondMoment
+from llm_quantize.kernels.tiling import COLUMNS
+from llm_quantize.solver import awq_scales, gptq, qparams
+from llm_quantize.solver.hessian import SecondMoment
+from llm_quantize.solver.qparams import Grid, GridSpec
 
 HIDDEN, MLP, TOKENS = 3584, 18944, 32768
 SPEC = GridSpec(bits=4, group_size=128, symmetric=True)
@@ -78,33 +78,33 @@ def inputs(width: int, tokens: int) -> Tensor:
 
 def _normed(A: Tensor, H: Tensor) -> None:
     """`A` becomes `H` with a diagonal of about one, as Cholesky takes it."""
-    permute(H, torch.arange(len(H), device=H.device), 1 / gptq_solver.norms(H), A)
+    permute(H, torch.arange(len(H), device=H.device), 1 / gptq.norms(H), A)
 
 
 def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
     _normed(A, H)
-    return dense.cholesky_(A)[1]
+    return cholesky.cholesky_(A)[1]
 
 
-def factorization(H: Tensor, rates: dict[str, float]) -> gptq_solver.Factor:
+def factorization(H: Tensor, rates: dict[str, float]) -> gptq.Factor:
     """Times the factorization of `H` (n, n) and its parts; the floor is three products on the tensor cores."""
     n = H.shape[0]
     floor = 3 * n**3 / 3 / rates["half"]
     A = torch.empty_like(H)
     copying = timed(partial(_normed, A, H), 1)
-    plain = dense.PANEL
+    plain = cholesky.PANEL
     for panel in PANELS:
-        dense.PANEL = panel
+        cholesky.PANEL = panel
         row(f"Cholesky of {n} by panels of {panel}", timed(partial(_cholesky, A, H), 1) - copying, floor)
-    dense.PANEL = plain
+    cholesky.PANEL = plain
     if n <= HIDDEN:
         row("  the library's", timed(partial(torch.linalg.cholesky_ex, H), 1), floor)
     del A
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    factor = gptq_solver.factorize(H, 0.0, act_order=True)
+    factor = gptq.factorize(H, 0.0, act_order=True)
     used = (torch.cuda.max_memory_allocated() - base) / (n * n * 4)
-    seconds = timed(lambda: gptq_solver.factorize(H, 0.0, act_order=True))
+    seconds = timed(lambda: gptq.factorize(H, 0.0, act_order=True))
     row(f"factorize {n} (all of it)", seconds, floor)
     print(f"  beside H it took {used:.2f} of its size", flush=True)
     if n == MLP:
@@ -122,19 +122,19 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     seconds = timed(partial(moment.add, inputs(width, TOKENS)), 2)
     row(f"second moment, {TOKENS} tokens of {width}", seconds, TOKENS * width * (width + 1) / rates["half"])
     H = moment.finish()
-    gptq_solver.condition_(H, 0.1)
+    gptq.condition_(H, 0.1)
     factor = factorization(H, rates)
 
     W = 0.02 * torch.randn(out, width, device="cuda")
-    M = grid.metric_blocks(H, SPEC.group_size)
-    tries = 2 * grid.SearchEffort().sweep + 2 * grid.SearchEffort().refits
-    seconds = timed(lambda: grid.search_grid(W, M, SPEC), 2)
+    M = qparams.metric_blocks(H, SPEC.group_size)
+    tries = 2 * qparams.SearchEffort().sweep + 2 * qparams.SearchEffort().refits
+    seconds = timed(lambda: qparams.search_grid(W, M, SPEC), 2)
     row(f"search {label}", seconds, 2.0 * tries * SPEC.group_size * W.numel() / rates["tf32"])
-    found = grid.search_grid(W, M, SPEC)
+    found = qparams.search_grid(W, M, SPEC)
 
     # The floor: the products on the tensor cores, and every weight read and written once.
     pieces = range(0, width, COLUMNS)
-    seconds = timed(lambda: gptq_solver.compensate(W, found, SPEC, factor), 2)
+    seconds = timed(lambda: gptq.compensate(W, found, SPEC, factor), 2)
     floor = 1.0 * out * width**2 / rates["half"] + W.numel() * 13 / rates["copy"]
     row(f"compensate {label} (all of it)", seconds, floor)
     scale, zero = found.scale.T.contiguous(), found.zero.T.contiguous()
@@ -150,10 +150,10 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
             compensate_columns(state, slice(0, COLUMNS))
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
-    done = gptq_solver.compensate(W, found, SPEC, factor)
+    done = gptq.compensate(W, found, SPEC, factor)
 
     def descend(sweeps: int) -> tuple[Tensor, Grid]:
-        return gptq_solver.descend(W, done, found, SPEC, H, sweeps=sweeps, refit=True)
+        return gptq.descend(W, done, found, SPEC, H, sweeps=sweeps, refit=True)
 
     product = 2.0 * out * width**2 / rates["half"]  # the gradient at the start costs as much as a whole sweep
     traffic = W.numel() * 10 / rates["copy"]
@@ -173,22 +173,22 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
 
     rows = torch.arange(width, device="cuda")
     spec = GridSpec(bits=4, group_size=128, symmetric=False)
-    effort = grid.SearchEffort(8, 1)
+    effort = qparams.SearchEffort(8, 1)
 
     def choose() -> object:
-        return awq_search.choose_scales(W, H, factor, rows, width, spec, effort)
+        return awq_scales.choose_scales(W, H, factor, rows, width, spec, effort)
 
     # Compensation and one product with H for the sampled rows and each candidate.
-    floor = 3.0 * awq_search.ROWS * len(awq_search.EXPONENTS) * width**2 / rates["tf32"]
+    floor = 3.0 * awq_scales.ROWS * len(awq_scales.EXPONENTS) * width**2 / rates["tf32"]
     row(f"AWQ's scales for {label}", timed(choose, 2), floor)
 
     descended, refitted = descend(1)
-    plain = grid.minmax_grid(W, SPEC)
+    plain = qparams.minmax_grid(W, SPEC)
     losses = [
-        gptq_solver.output_error(W, grid.dequantize(integers, chosen, SPEC.group_size), H)
+        gptq.output_error(W, qparams.dequantize(integers, chosen, SPEC.group_size), H)
         for integers, chosen in (
-            (grid.round_to_nearest(W, plain, SPEC), plain),
-            (grid.round_to_nearest(W, found, SPEC), found),
+            (qparams.round_to_nearest(W, plain, SPEC), plain),
+            (qparams.round_to_nearest(W, found, SPEC), found),
             (done, found),
             (descended, refitted),
             descend(2),
@@ -200,7 +200,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
 
 def quadratic(W: Tensor, q: Tensor, chosen: Grid, H: Tensor) -> Tensor:
     """The squared output error of each row, float64."""
-    E = (W - grid.dequantize(q, chosen, SPEC.group_size)).double()
+    E = (W - qparams.dequantize(q, chosen, SPEC.group_size)).double()
     return ((E @ H.double()) * E).sum(1)
 
 
@@ -224,7 +224,7 @@ def check_against_float64() -> None:
     size = truth.diagonal().sqrt()
     check("second moment to 2e-5", float(((H - truth).abs() / (size[:, None] * size)).max()) < 2e-5)
 
-    factor = gptq_solver.factorize(H, 0.1, act_order=False)
+    factor = gptq.factorize(H, 0.1, act_order=False)
     damped = H.double()
     U = factor.U.double()
     exact, library = (torch.linalg.cholesky(A.flip(0, 1)).flip(0, 1) for A in (damped, H))
@@ -238,14 +238,14 @@ def check_against_float64() -> None:
 
     R = torch.linalg.inv(U)
     W = 0.02 * torch.randn(out, width, device="cuda")
-    M = grid.metric_blocks(H, SPEC.group_size)
-    fast = grid.search_grid(W, M, SPEC)
+    M = qparams.metric_blocks(H, SPEC.group_size)
+    fast = qparams.search_grid(W, M, SPEC)
     parts = W.reshape(out, -1, SPEC.group_size).transpose(0, 1).contiguous()
-    slow = grid._search(parts, M, SPEC, grid.SearchEffort())
+    slow = qparams._search(parts, M, SPEC, qparams.SearchEffort())
     slow_grid = Grid(slow.scale.T, slow.zero.T)
     errors = []
     for chosen in (fast, slow_grid):
-        E = W - grid.dequantize(grid.round_to_nearest(W, chosen, SPEC), chosen, SPEC.group_size)
+        E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, SPEC), chosen, SPEC.group_size)
         E = E.reshape(out, -1, SPEC.group_size).double()
         errors.append(torch.einsum("ogi,gij,ogj->og", E, M.double(), E))
     ratio = errors[0] / errors[1]
@@ -258,8 +258,8 @@ def check_against_float64() -> None:
     )
 
     # The recursion in float64 from the same factor: rows part ways at near ties, the error must not.
-    q = gptq_solver.compensate(W, fast, SPEC, factor)
-    s, z = (t.double() for t in grid.expand(fast, SPEC.group_size))
+    q = gptq.compensate(W, fast, SPEC, factor)
+    s, z = (t.double() for t in qparams.expand(fast, SPEC.group_size))
     work, V = W.double().clone(), torch.empty(out, width, dtype=torch.float64, device="cuda")
     exact = torch.empty_like(q)
     for j in range(width):
@@ -267,8 +267,8 @@ def check_against_float64() -> None:
         exact[:, j], V[:, j] = integer.to(torch.uint8), (integer - z[:, j]) * s[:, j]
         work[:, j + 1 :] -= ((work[:, j] - V[:, j]) / R[j, j])[:, None] * R[j, j + 1 :]
     same = float((q == exact).float().mean())
-    ours = gptq_solver.output_error(W, grid.dequantize(q, fast, SPEC.group_size), H)
-    theirs = gptq_solver.output_error(W, V.float(), H)
+    ours = gptq.output_error(W, qparams.dequantize(q, fast, SPEC.group_size), H)
+    theirs = gptq.output_error(W, V.float(), H)
     check(
         f"compensate: {same:.2%} of integers as float64, error {ours / theirs:.5f} of its",
         abs(ours / theirs - 1) < 2e-3,
@@ -276,13 +276,13 @@ def check_against_float64() -> None:
 
     # Descent beside its twin on the CPU's float32: no row may lose, and the two must end alike.
     form = quadratic(W, q, fast, H)
-    descended, refitted = gptq_solver.descend(W, q, fast, SPEC, H, sweeps=2, refit=True)
+    descended, refitted = gptq.descend(W, q, fast, SPEC, H, sweeps=2, refit=True)
     after = quadratic(W, descended, refitted, H)
     worst = float((after / form).max())
     check(f"descend: no row's error grows (at most {worst:.6f} of what it was)", worst < 1 + 1e-4)
     few = slice(0, 64)
     on_cpu = Grid(fast.scale[few].cpu(), fast.zero[few].cpu())
-    twin, its = gptq_solver.descend(W[few].cpu(), q[few].cpu(), on_cpu, SPEC, H.cpu(), sweeps=2, refit=True)
+    twin, its = gptq.descend(W[few].cpu(), q[few].cpu(), on_cpu, SPEC, H.cpu(), sweeps=2, refit=True)
     moved = Grid(its.scale.cuda(), its.zero.cuda())
     alike = float((descended[few].cpu() == twin).float().mean())
     end = float(after[few].sum() / quadratic(W[few], twin.cuda(), moved, H).sum())

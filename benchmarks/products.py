@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from llm_quantize import cli
-from llm_quantize.blockwise import solve
-from llm_quantize.kernels import dense
-from llm_quantize.solver import awq_search
+from llm_quantize.blockwise import block_solution
+from llm_quantize.kernels import cholesky
+from llm_quantize.solver import awq_scales
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def emulated(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def multiply_halves_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """`dense.halves_` anywhere."""
+    """`cholesky.halves_` anywhere."""
     out.addmm_(a.float(), b.float(), alpha=alpha, beta=beta)
 
 
@@ -57,8 +57,8 @@ def main() -> None:
     words = ["--bits", bits, "--overwrite", "--calib_samples", "64", "--eval_samples", "32", "--no_resume"]
     for name in ("float32", "as on a GPU"):
         if name != "float32":
-            dense.takes_halves, dense.halves_ = (lambda _: True), multiply_halves_
-            modules: tuple[Any, ...] = (solve, awq_search)
+            cholesky.takes_halves, cholesky.halves_ = (lambda _: True), multiply_halves_
+            modules: tuple[Any, ...] = (block_solution, awq_scales)
             for module in modules:
                 module.compensate = emulated(module.compensate)
             modules[0].descend = emulated(modules[0].descend)

@@ -23,17 +23,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
-from llm_quantize.blockwise import solve, tune
-from llm_quantize.blockwise.follow import Follower
-from llm_quantize.blockwise.solve import BlockChanges, Effort, SolveOptions, solve_block
-from llm_quantize.calibration.calibration import load_windows
+from llm_quantize.blockwise import block_solution, tuning
+from llm_quantize.blockwise.block_solution import BlockChanges, Effort, SolveOptions, solve_block
+from llm_quantize.blockwise.reference import Follower
+from llm_quantize.calibration.windows import load_windows
 from llm_quantize.config import CalibrationConfig
-from llm_quantize.model import capture
-from llm_quantize.model.folds import find_folds
-from llm_quantize.model.passes import Passes, walk
+from llm_quantize.model import block_forward
+from llm_quantize.model.awq_mappings import find_folds
 from llm_quantize.model.source import Source
-from llm_quantize.solver.grid import Grid, GridSpec, SearchEffort, minmax_grid
-from llm_quantize.solver.moments import SecondMoment
+from llm_quantize.model.suspended_forward import Passes, walk
+from llm_quantize.solver.hessian import SecondMoment
+from llm_quantize.solver.qparams import Grid, GridSpec, SearchEffort, minmax_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ class Variant:
     damping: float = 0.1
     minmax: bool = False
     nearest: bool = False
-    aim: float = solve.AIM
+    aim: float = block_solution.AIM
     at_once: bool = False  # moments of the block as it is, not in order
 
 
 ROOM = 8e9  # bytes of halted passes
 SEARCHED = Effort(SearchEffort(24, 2), sweeps=0, refit=False)
-DEFAULT, BEST = solve.EFFORTS["default"], solve.EFFORTS["best"]
+DEFAULT, BEST = block_solution.EFFORTS["default"], block_solution.EFFORTS["best"]
 FOLLOWED = replace(DEFAULT, follow=1.0)
 
 
@@ -102,8 +102,8 @@ def run(
 ) -> dict[str, Tensor]:
     """De-quantized block weights and changed norms by parameter name."""
     source = Source.open(model)
-    states, calls = capture.embed(source, windows, device, device, torch.float32)
-    batch = capture.MicroBatch(device, states.length, 4096, tokens=16384)
+    states, calls = block_forward.embed(source, windows, device, device, torch.float32)
+    batch = block_forward.MicroBatch(device, states.length, 4096, tokens=16384)
     options = SolveOptions(
         bits,
         group_size,
@@ -117,29 +117,33 @@ def run(
         torch.float32,
     )
     result: dict[str, Tensor] = {}
-    search, compensate, aim = solve.search_grid, solve.compensate, solve.AIM
+    search, compensate, aim = block_solution.search_grid, block_solution.compensate, block_solution.AIM
     followed = variant.effort.followed(*windows.shape)
-    reference = capture.copied(states, followed) if followed else None
+    reference = block_forward.copied(states, followed) if followed else None
 
     def plain(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> Grid:
         return minmax_grid(W, spec)
 
-    solve.AIM = variant.aim
+    block_solution.AIM = variant.aim
     if variant.minmax:
-        solve.search_grid = plain
+        block_solution.search_grid = plain
     if variant.nearest:
-        solve.compensate = lambda W, grid, spec, factor: solve.round_to_nearest(W, grid, spec)
+        block_solution.compensate = lambda W, grid, spec, factor: block_solution.round_to_nearest(
+            W, grid, spec
+        )
     try:
         for index, name in enumerate(source.blocks):
             block = source.modules[index]
             source.load(block, name, device, torch.float32)
             kwargs = calls.kwargs[index]
-            groups = capture.distinct_inputs(block, states, kwargs)
+            groups = block_forward.distinct_inputs(block, states, kwargs)
             widths = [block.get_submodule(paths[0]).in_features for paths in groups]
             folds = find_folds(block, source.config) if variant.awq else []
             sums = [SecondMoment(width, device) for width in widths]
             if folds or variant.at_once:
-                capture.capture(block, states, kwargs, groups, batch, lambda i, x, sums=sums: sums[i].add(x))
+                block_forward.capture(
+                    block, states, kwargs, groups, batch, lambda i, x, sums=sums: sums[i].add(x)
+                )
             stops = [paths[0] for paths in groups]
             onward: Passes | Follower = Passes(block, states, kwargs, stops, batch, ROOM)
             if reference is not None:
@@ -157,13 +161,13 @@ def run(
                 solved = list(solve_block(*args))
                 if options.effort.tune and follower is not None:
                     follower.drop()
-                    goal = follower.goal(name, tune.windows_used(options.effort.tune, states.length))
-                    tune.tune_block(block, solved, options, states, goal, kwargs)
+                    goal = follower.goal(name, tuning.windows_used(options.effort.tune, states.length))
+                    tuning.tune_block(block, solved, options, states, goal, kwargs)
                 onward.advance(name)
             result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
             source.release(block)
     finally:
-        solve.search_grid, solve.compensate, solve.AIM = search, compensate, aim
+        block_solution.search_grid, block_solution.compensate, block_solution.AIM = search, compensate, aim
     return result
 
 

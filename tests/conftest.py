@@ -19,7 +19,7 @@ from torch import Tensor
 
 import awq_quantize
 import gptq_quantize
-from llm_quantize.model import capture
+from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
 from models import CPU, FAMILIES, write
 
@@ -50,12 +50,12 @@ class Runs:
         return self._done[key]
 
     def _run(self, method: str, words: list[str]) -> Finished:
-        from llm_quantize.blockwise import blocks
+        from llm_quantize.blockwise import loop
 
         path = self.root / f"run-{len(self._done)}"
         weights: dict[str, Tensor] = {}
 
-        write = blocks.write_linear
+        write = loop.write_linear
 
         def spied(run: Any, writer: Any, name: str, solved: Any) -> None:
             block = run.source.modules[run.source.blocks.index(name)]
@@ -73,7 +73,7 @@ class Runs:
         }
         rest = [w for flag, value in defaults.items() if flag not in words for w in (flag, value)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(blocks, "write_linear", spied)
+            patch.setattr(loop, "write_linear", spied)
             assert MAIN[method]([*words, *rest]) == 0
         return Finished(path, method, weights)
 
@@ -99,13 +99,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def opened(saved: Callable[..., Path]) -> Callable[[str], tuple[Source, capture.States, dict[str, Any]]]:
+def opened(
+    saved: Callable[..., Path],
+) -> Callable[[str], tuple[Source, block_forward.States, dict[str, Any]]]:
     """A family's source with its first block loaded, states of seven windows, and what the block is called with."""
 
-    def find(family: str) -> tuple[Source, capture.States, dict[str, Any]]:
+    def find(family: str) -> tuple[Source, block_forward.States, dict[str, Any]]:
         source = Source.open(saved(family, torch.float32))
         tokens = torch.randint(3, 2048, (7, 16), generator=torch.Generator().manual_seed(1))
-        states, calls = capture.embed(source, tokens, CPU, CPU, torch.float32)
+        states, calls = block_forward.embed(source, tokens, CPU, CPU, torch.float32)
         source.load(source.modules[0], source.blocks[0], CPU, torch.float32)
         return source, states, calls.kwargs[0]
 
@@ -115,7 +117,7 @@ def opened(saved: Callable[..., Path]) -> Callable[[str], tuple[Source, capture.
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Matrices of half precision are multiplied as a GPU does, also where there is none: the depth of each product."""
-    from llm_quantize.kernels import dense
+    from llm_quantize.kernels import cholesky
 
     depths: list[int] = []
 
@@ -125,8 +127,8 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         depths.append(a.shape[1])
         out.addmm_(a.float(), b.float(), alpha=alpha, beta=beta)
 
-    monkeypatch.setattr(dense, "takes_halves", lambda tensor: tensor.dtype == torch.float32)
-    monkeypatch.setattr(dense, "halves_", multiply_)
+    monkeypatch.setattr(cholesky, "takes_halves", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(cholesky, "halves_", multiply_)
     return depths
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from llm_quantize.kernels import columns, descent, group_search, launching, precision, reorder, rounding
+from llm_quantize.kernels import (
+    coordinate_descent,
+    gptq_columns,
+    launcher,
+    permutation,
+    precision,
+    scale_search,
+    tiling,
+)
 
-KERNELS = (launching, precision, reorder, columns, rounding, descent, group_search)
+KERNELS = (launcher, precision, permutation, tiling, gptq_columns, coordinate_descent, scale_search)
 
 
 def everywhere(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:

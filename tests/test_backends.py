@@ -28,15 +28,16 @@ from transformers import AutoConfig
 import gptq_quantize
 from conftest import MAIN, Finished, Runs
 from llm_quantize import cli
-from llm_quantize.backends import backend, libraries
-from llm_quantize.checkpoint import foreign
+from llm_quantize.backends import registry
+from llm_quantize.backends import session as session_module
+from llm_quantize.checkpoint import external
 from llm_quantize.config import EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
 from llm_quantize.console import Console
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.model.source import Source
 from models import CPU, FAMILIES, write
 
-SCRIPTS = backend.SCRIPTS
+SCRIPTS = session_module.SCRIPTS
 QUICK = ["--calib_samples", "16", "--calib_seq_len", "128", "--eval_samples", "2", "--device", "cpu"]
 
 # -- what is refused before any work
@@ -86,17 +87,17 @@ def test_what_it_can_do_is_written_in_the_layout_of_the_method(method: str, word
 
 
 def test_models_that_a_library_does_not_take_are_refused() -> None:
-    libraries.check_model("autoawq", "qwen3", {"q": 64})
-    libraries.check_model("gptqmodel", "newer_than_all", {"q": 40})
+    registry.check_model("autoawq", "qwen3", {"q": 64})
+    registry.check_model("gptqmodel", "newer_than_all", {"q": 40})
     with pytest.raises(InputError, match=r"AutoGPTQ 0\.7\.1 does not take models of type qwen3"):
-        libraries.check_model("auto-gptq", "qwen3", {"q": 64})
+        registry.check_model("auto-gptq", "qwen3", {"q": 64})
     # AutoAWQ would write a scaled activation, which no one else reads.
     with pytest.raises(InputError, match="gpt_neox"):
-        libraries.check_model("autoawq", "gpt_neox", {"q": 64})
+        registry.check_model("autoawq", "gpt_neox", {"q": 64})
     with pytest.raises(
         InputError, match=r"v_proj has 96 outputs, and AutoAWQ 0\.2\.9 needs a multiple of 64"
     ):
-        libraries.check_model("autoawq", "llama", {"q_proj": 128, "v_proj": 96})
+        registry.check_model("autoawq", "llama", {"q_proj": 128, "v_proj": 96})
 
 
 def test_a_model_is_refused_before_an_environment_is_made(
@@ -105,7 +106,7 @@ def test_a_model_is_refused_before_an_environment_is_made(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "COMMAND", ("no-such-program-is-started",))
+    monkeypatch.setattr(session_module, "COMMAND", ("no-such-program-is-started",))
     words = [
         "--backend",
         "auto-gptq",
@@ -135,9 +136,9 @@ def test_what_vllm_does_not_serve_is_told_of_the_library_that_writes_it() -> Non
 # -- the scripts
 
 
-@pytest.mark.parametrize("name", libraries.LIBRARIES)
+@pytest.mark.parametrize("name", registry.LIBRARIES)
 def test_scripts_pin_what_they_install(name: str) -> None:
-    library = libraries.LIBRARIES[name]
+    library = registry.LIBRARIES[name]
     text = (SCRIPTS / library.script).read_text("utf-8")
     found = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", text)
     assert found
@@ -152,7 +153,7 @@ def test_scripts_pin_what_they_install(name: str) -> None:
 def test_no_script_hides_a_package() -> None:
     """A script's directory comes first where Python looks for what it imports."""
     names = {path.stem for path in SCRIPTS.glob("*.py")} - {"__init__"}
-    assert names == {"child"} | {Path(library.script).stem for library in libraries.LIBRARIES.values()}
+    assert names == {"child"} | {Path(library.script).stem for library in registry.LIBRARIES.values()}
     assert not names & {"awq", "auto_gptq", "optimum", "gptqmodel", "torch", "transformers", "datasets"}
 
 
@@ -179,26 +180,26 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         text += '\n\nraise SystemExit(child.run(("numpy",), load, quantize))\n'
         scripts = tmp_path / "scripts"
         scripts.mkdir(exist_ok=True)
-        for each in libraries.LIBRARIES.values():
+        for each in registry.LIBRARIES.values():
             (scripts / each.script).write_text(text)
-        monkeypatch.setattr(backend, "SCRIPTS", scripts)
-        monkeypatch.setattr(backend, "COMMAND", (sys.executable,))
+        monkeypatch.setattr(session_module, "SCRIPTS", scripts)
+        monkeypatch.setattr(session_module, "COMMAND", (sys.executable,))
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs and scratch
 
     return make
 
 
-def _session(name: str = "auto-gptq") -> backend.Session:
-    return backend.Session(libraries.LIBRARIES[name], CPU, Console(quiet=True))
+def _session(name: str = "auto-gptq") -> session_module.Session:
+    return session_module.Session(registry.LIBRARIES[name], CPU, Console(quiet=True))
 
 
-def _job(**more: Any) -> backend.Job:
+def _job(**more: Any) -> session_module.Job:
     values: dict[str, Any] = {
         "model": "m", "output": "o", "windows": "w", "method": "gptq", "bits": 4, "group_size": 128,
         "symmetric": True, "act_order": "static", "damping": 0.1, "dtype": "float16", "blocks": 4,
         "device": "cpu", "trust_remote_code": False,
     }  # fmt: skip
-    return backend.Job(**values | more)
+    return session_module.Job(**values | more)
 
 
 class _Seen:
@@ -217,7 +218,9 @@ class _Seen:
         self.steps.append(text)
 
 
-def _quantize(session: backend.Session, job: backend.Job | None = None) -> tuple[backend.Outcome, _Seen]:
+def _quantize(
+    session: session_module.Session, job: session_module.Job | None = None
+) -> tuple[session_module.Outcome, _Seen]:
     seen: Any = _Seen()
     return session.quantize(job or _job(), seen), seen
 
@@ -238,7 +241,7 @@ def test_progress_and_result_come_over(library: Callable[..., None], tmp_path: P
     with _session() as session:
         assert set(session.versions) == {"numpy"}
         outcome, seen = _quantize(session)
-    assert outcome == backend.Outcome({"quantize": 1.5}, 0, 3 << 30)
+    assert outcome == session_module.Outcome({"quantize": 1.5}, 0, 3 << 30)
     assert seen.done == 3
     assert seen.steps == ["AutoGPTQ: gptq at 4 bits, static, float16"]
     assert _left(tmp_path) == set()
@@ -346,10 +349,10 @@ def test_a_killed_parent_takes_the_library_with_it(library: Callable[..., None],
         sys.path.insert(0, {str(SCRIPTS.parents[2])!r})
         from llm_quantize import console
         from llm_quantize.backends import backend, libraries
-        backend.SCRIPTS, backend.COMMAND = pathlib.Path({str(tmp_path / "scripts")!r}), (sys.executable,)
+        session_module.SCRIPTS, session_module.COMMAND = pathlib.Path({str(tmp_path / "scripts")!r}), (sys.executable,)
         quiet = console.Console(quiet=True)
-        with backend.Session(libraries.LIBRARIES["optimum"], backend.torch.device("cpu"), quiet) as session:
-            session.quantize(backend.Job(**{asdict(_job())!r}), console.Blocks(4))
+        with session_module.Session(registry.LIBRARIES["optimum"], session.torch.device("cpu"), quiet) as session:
+            session.quantize(session_module.Job(**{asdict(_job())!r}), console.Blocks(4))
     """
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=env)
@@ -368,7 +371,7 @@ def test_the_environment_of_the_other_python() -> None:
         "PATH": "/bin", "HOME": "/h", "UV_FIND_LINKS": "/w", "PYTHONPATH": "/p", "PYTHONWARNINGS": "error",
         "VIRTUAL_ENV": "/v", "CONDA_PREFIX": "/c", "UV_PROJECT_ENVIRONMENT": "/e", "CUDA_VISIBLE_DEVICES": "3,GPU-7",
     }  # fmt: skip
-    env = backend.environment(outer, CPU)
+    env = session_module.environment(outer, CPU)
     assert {name: env[name] for name in ("PATH", "HOME", "UV_FIND_LINKS")} == {
         "PATH": "/bin", "HOME": "/h", "UV_FIND_LINKS": "/w",
     }  # fmt: skip
@@ -381,9 +384,9 @@ def test_the_environment_of_the_other_python() -> None:
     } & set(env)
     assert env["CUDA_VISIBLE_DEVICES"] == ""
     assert env["HF_HUB_OFFLINE"] == "1"
-    assert backend.environment(outer, torch.device("cuda", 1))["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    assert backend.environment({}, torch.device("cuda", 2))["CUDA_VISIBLE_DEVICES"] == "2"
-    assert backend.environment({}, torch.device("cuda"))["CUDA_VISIBLE_DEVICES"] == "0"
+    assert session_module.environment(outer, torch.device("cuda", 1))["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    assert session_module.environment({}, torch.device("cuda", 2))["CUDA_VISIBLE_DEVICES"] == "2"
+    assert session_module.environment({}, torch.device("cuda"))["CUDA_VISIBLE_DEVICES"] == "0"
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, "2"), (2, "2"), (3, None)])
@@ -391,7 +394,7 @@ def test_gptqmodel_gets_two_workers_on_small_machines(
     cores: int, workers: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert backend.environment({}, CPU).get("GPTQMODEL_CPU_WORKERS") == workers
+    assert session_module.environment({}, CPU).get("GPTQMODEL_CPU_WORKERS") == workers
 
 
 # -- a model as transformers 4 reads it
@@ -399,18 +402,18 @@ def test_gptqmodel_gets_two_workers_on_small_machines(
 
 def test_rotary_embeddings_for_older_readers() -> None:
     plain = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    assert backend.older_config(plain, "L") == {**plain, "rope_theta": 5e5}
+    assert session_module.older_config(plain, "L") == {**plain, "rope_theta": 5e5}
     old = {"model_type": "llama", "rope_theta": 1e4}
-    assert backend.older_config(old, "L") == old
+    assert session_module.older_config(old, "L") == old
     scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
-    assert backend.older_config(scaled, "L")["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert session_module.older_config(scaled, "L")["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     partial = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}}
-    assert backend.older_config(partial, "L")["partial_rotary_factor"] == 0.25
-    neox = backend.older_config({"model_type": "gpt_neox", **partial}, "L")
+    assert session_module.older_config(partial, "L")["partial_rotary_factor"] == 0.25
+    neox = session_module.older_config({"model_type": "gpt_neox", **partial}, "L")
     assert (neox["rotary_pct"], neox["rotary_emb_base"]) == (0.25, 1e4)
     layered = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {}}}
     with pytest.raises(InputError, match=r"^L cannot read this model's rotary embeddings"):
-        backend.older_config(layered, "L")
+        session_module.older_config(layered, "L")
 
 
 def test_the_view_of_a_model(library: Callable[..., None], tmp_path: Path) -> None:
@@ -467,7 +470,7 @@ def _verify(directory: Path, **more: Any) -> int:
         "by": "Lib 1",
     }
     values |= more
-    return foreign.verify(directory, values.pop("source", None) or Source.open(EMBEDDED_MODEL), **values)
+    return external.verify(directory, values.pop("source", None) or Source.open(EMBEDDED_MODEL), **values)
 
 
 def _changed(written: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -634,9 +637,9 @@ def test_an_interrupted_run_of_this_program_is_not_thrown_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library(_copying(written))
-    from llm_quantize.blockwise import blocks
+    from llm_quantize.blockwise import loop
 
-    block = blocks._block
+    block = loop._block
 
     def stop(run: Any, index: int, *rest: Any) -> Any:
         if index:
@@ -645,7 +648,7 @@ def test_an_interrupted_run_of_this_program_is_not_thrown_away(
 
     words = [*QUICK, "--output_path", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "_block", stop)
+        patch.setattr(loop, "_block", stop)
         assert gptq_quantize.main(words) == 130
     assert gptq_quantize.main(["--backend", "optimum", *words]) == 2
     assert "--backend" in capsys.readouterr().err.splitlines()[-1]
@@ -681,9 +684,9 @@ AT_MOST = {2: 0.4, 3: 0.1, 4: 0.03, 8: 0.001}
 
 
 def _measured(path: Path) -> float:
-    from llm_quantize.calibration.calibration import load_windows
+    from llm_quantize.calibration.windows import load_windows
     from llm_quantize.config import EMBEDDED_HELDOUT
-    from llm_quantize.evaluation.evaluate import measure
+    from llm_quantize.evaluation.perplexity import measure
 
     source = Source.open(EMBEDDED_MODEL)
     asked = CalibrationConfig(data=str(EMBEDDED_HELDOUT), samples=8, seq_len=256, seed=1)
@@ -699,7 +702,7 @@ def test_library(method: str, name: str, words: str, runs: Runs, tmp_path: Path)
     more = ["--calib_samples", "16", "--calib_seq_len", "64", "--eval_data", "off", "--device", "cpu"]
     assert MAIN[method](["--backend", name, *words.split(), *more, "--output_path", str(out)]) == 0
     report = json.loads((out / "quantization_report.json").read_text())
-    library = libraries.LIBRARIES[name]
+    library = registry.LIBRARIES[name]
     assert report["versions"][library.distribution] == library.version
     for path in out.glob("*.json"):  # nothing of where it was made
         assert tempfile.gettempdir() not in path.read_text()

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from llm_quantize.calibration import corpus
-from llm_quantize.calibration.calibration import (
+from llm_quantize.calibration import text_sources
+from llm_quantize.calibration.text_sources import HubData
+from llm_quantize.calibration.windows import (
     Item,
     Windows,
     as_messages,
@@ -27,7 +28,6 @@ from llm_quantize.calibration.calibration import (
     longest_window,
     split_text,
 )
-from llm_quantize.calibration.corpus import HubData
 from llm_quantize.config import CalibrationConfig
 from llm_quantize.errors import InputError
 
@@ -123,7 +123,7 @@ def save_dataset(path: Path, columns: dict[str, list[Any]], *splits: str) -> Pat
     import datasets
 
     data = datasets.Dataset.from_dict(columns)
-    with corpus.quiet():
+    with text_sources.quiet():
         (datasets.DatasetDict(dict.fromkeys(splits, data)) if splits else data).save_to_disk(path)
     return path
 
@@ -383,7 +383,7 @@ def test_names_and_ids(data: str, expected: HubData, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wikitext").mkdir()  # a directory of that name does not stand in the way
     check_source(CalibrationConfig(data=data))
-    assert corpus.locate(data) == expected
+    assert text_sources.locate(data) == expected
 
 
 def test_checking_loads_nothing_heavy() -> None:
@@ -394,7 +394,7 @@ def test_checking_loads_nothing_heavy() -> None:
         "check_source(CalibrationConfig(data='org/name'))\n"
         "print({'torch', 'datasets', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
     )
-    folder = str(Path(corpus.__file__).parents[2])
+    folder = str(Path(text_sources.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True, timeout=60
     )
@@ -430,8 +430,8 @@ def test_a_stream_is_read_no_further_than_needed(
             read += 1
             yield words(read % 1000 * 30, read % 1000 * 30 + 30)
 
-    table = corpus.Table("endless", ("text",), rows, streamed=True)
-    monkeypatch.setattr(corpus, "open_table", lambda source, seed: table)
+    table = text_sources.Table("endless", ("text",), rows, streamed=True)
+    monkeypatch.setattr(text_sources, "open_table", lambda source, seed: table)
     windows, log = load("org/endless", tokenizer, samples=16, seq_len=32)
     assert windows.tokens.shape == (16, 32)
     assert log == []

@@ -17,8 +17,8 @@ from huggingface_hub import metadata_load
 
 import gptq_quantize
 from conftest import Runs
-from llm_quantize.blockwise.solve import LayerReport
-from llm_quantize.calibration.calibration import Windows
+from llm_quantize.blockwise.block_solution import LayerReport
+from llm_quantize.calibration.windows import Windows
 from llm_quantize.config import (
     EMBEDDED_CALIBRATION,
     EMBEDDED_HELDOUT,
@@ -28,21 +28,21 @@ from llm_quantize.config import (
     QuantizeConfig,
     default_calibration,
 )
-from llm_quantize.evaluation import card
-from llm_quantize.evaluation.evaluate import Measured
+from llm_quantize.evaluation import model_card
+from llm_quantize.evaluation.perplexity import Measured
 from models import FAMILIES, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: Any) -> card.Facts:
+def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: Any) -> model_card.Facts:
     layers = [
         LayerReport(f"model.layers.{i}.mlp.{kind}", 0.01 * (i + 1), 0.1, 0, None, None, 0.5 + i)
         for i in range(3)
         for kind in ("up_proj", "down_proj")
     ]
     tokens = torch.zeros(2, 8, dtype=torch.int64)
-    known = card.Facts(
+    known = model_card.Facts(
         config=config,
         directory=directory,
         source_bytes=4 << 20,
@@ -58,16 +58,16 @@ def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: A
     return replace(known, **changes)
 
 
-def make(target: Path, told: card.Facts) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def make(target: Path, told: model_card.Facts) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Text of the card, its metadata, the report."""
     target.mkdir(exist_ok=True)
-    for name, content in card.files(told).items():
+    for name, content in model_card.files(told).items():
         (target / name).write_bytes(content)
-    text = (target / card.CARD).read_text("utf-8")
+    text = (target / model_card.CARD).read_text("utf-8")
     return (
         text,
-        metadata_load(target / card.CARD) or {},
-        json.loads((target / card.REPORT).read_text("utf-8")),
+        metadata_load(target / model_card.CARD) or {},
+        json.loads((target / model_card.REPORT).read_text("utf-8")),
     )
 
 
@@ -178,8 +178,8 @@ def test_a_path_into_the_cache_is_its_hub_id(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--org--some-model" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     told = config(model_path=str(snapshot))
-    assert card.base_model(told) == "org/some-model"
-    assert "--model_path org/some-model@0123abc " in card.command(told)
+    assert model_card.base_model(told) == "org/some-model"
+    assert "--model_path org/some-model@0123abc " in model_card.command(told)
 
 
 @pytest.mark.parametrize(
@@ -203,16 +203,16 @@ def test_license(tmp_path: Path, readme: str, expected: dict[str, Any]) -> None:
     source.mkdir()
     (source / "README.md").write_text(readme, encoding="utf-8")
     text, metadata, _ = make(tmp_path / "out", facts(config(), source))
-    assert {key: metadata[key] for key in card.LICENSE_KEYS if key in metadata} == expected
-    assert (tmp_path / "out" / card.BASE_CARD).read_text("utf-8") == readme
-    assert f"({card.BASE_CARD})" in text
+    assert {key: metadata[key] for key in model_card.LICENSE_KEYS if key in metadata} == expected
+    assert (tmp_path / "out" / model_card.BASE_CARD).read_text("utf-8") == readme
+    assert f"({model_card.BASE_CARD})" in text
 
 
 def test_without_a_card_of_the_source(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     text, metadata, _ = make(tmp_path / "out", facts(config(), tmp_path / "source"))
-    assert not (tmp_path / "out" / card.BASE_CARD).exists()
-    assert card.BASE_CARD not in text
+    assert not (tmp_path / "out" / model_card.BASE_CARD).exists()
+    assert model_card.BASE_CARD not in text
     assert "license" not in metadata
 
 
@@ -229,7 +229,7 @@ def test_not_measured(tmp_path: Path) -> None:
 def test_warnings(tmp_path: Path) -> None:
     plain = facts(config())
     assert make(tmp_path / "plain", plain)[2]["warnings"] == []
-    assert "## Warnings" not in (tmp_path / "plain" / card.CARD).read_text("utf-8")
+    assert "## Warnings" not in (tmp_path / "plain" / model_card.CARD).read_text("utf-8")
     layers = list(plain.layers)
     layers[0] = replace(layers[0], fallback="rounded to nearest: no usable inputs", damping=0.0)
     layers[1] = replace(layers[1], damping=1.0)
@@ -282,22 +282,22 @@ def test_how_to_use_it(
 
 def test_plot_is_the_same_again_and_shows_the_errors(tmp_path: Path) -> None:
     told = facts(config())
-    first, second = card.plot(told.layers), card.plot(told.layers)
+    first, second = model_card.plot(told.layers), model_card.plot(told.layers)
     assert first is not None
     assert first == second
     assert first.startswith(b"\x89PNG")
     assert b"tEXt" not in first  # no date, no program
     worse = [replace(told.layers[0], error=0.5), *told.layers[1:]]
-    assert card.plot(worse) != first
+    assert model_card.plot(worse) != first
     # Names without a number, many kinds and an error of zero.
     odd = [replace(told.layers[0], name=f"expert_{i}.w", error=0.0) for i in range(40)]
-    assert card.plot(odd) is not None
+    assert model_card.plot(odd) is not None
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
     text, _, _ = make(tmp_path / "out", facts(config()))
-    assert not (tmp_path / "out" / card.PLOT).exists()
-    assert card.PLOT not in text
+    assert not (tmp_path / "out" / model_card.PLOT).exists()
+    assert model_card.PLOT not in text
     assert "![" not in text

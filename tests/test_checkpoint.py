@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.errors import WorkError
 from llm_quantize.formats.packing import pack
-from llm_quantize.io import shards
-from llm_quantize.io.publish import Staging
-from llm_quantize.io.shards import Planned
-from llm_quantize.solver.grid import Grid
+from llm_quantize.io import safetensors_files
+from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.safetensors_files import Planned
+from llm_quantize.solver.qparams import Grid
 from reference import read_layers, read_tensors
 
 CONFIG: dict[str, Any] = {
@@ -320,7 +320,7 @@ def test_full_disk_surfaces_at_a_later_call(
             Staging(tmp_path / "out", overwrite=True) as staging,
             CheckpointWriter(staging, planned(many), FIRST) as writer,
         ):
-            monkeypatch.setattr("llm_quantize.io.shards.write_at", full)
+            monkeypatch.setattr("llm_quantize.io.safetensors_files.write_at", full)
             monkeypatch.setattr(
                 "llm_quantize.io.publish.shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1024, 1024)
             )
@@ -350,7 +350,7 @@ def test_full_disk_for_the_last_files(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a write that failed nothing is listed any more, not even what was written well."""
-    real, count = shards.write_at, [0]
+    real, count = safetensors_files.write_at, [0]
 
     def failing(*arguments: Any) -> None:
         count[0] += 1
@@ -359,7 +359,7 @@ def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("llm_quantize.io.shards.write_at", failing)
+        patch.setattr("llm_quantize.io.safetensors_files.write_at", failing)
         with pytest.raises(WorkError, match=r"cannot write to .*: Input/output error"):
             write(tmp_path / "out")
     assert names(tmp_path) == {".out.partial"}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llm_quantize.backends import libraries
+from llm_quantize.backends import registry
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "compare.py"
 SMALL = ["--samples", "4", "--seq_len", "64", "--eval_samples", "1", "--device", "cpu"]
@@ -80,7 +80,7 @@ for name in ("compare", "kernels"):
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(libraries, "LIBRARIES", dict(libraries.LIBRARIES))  # it adds one
+    monkeypatch.setattr(registry, "LIBRARIES", dict(registry.LIBRARIES))  # it adds one
     spec = importlib.util.spec_from_file_location("compare_script", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -24,12 +24,19 @@ from transformers import (
     Qwen2Config,
 )
 
-from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.checkpoint.reader import dequantized
 from llm_quantize.config import EMBEDDED_HELDOUT, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.evaluation import evaluate
-from llm_quantize.evaluation.evaluate import Measured, QuantizedSource, heldout_windows, main, measure, sample
-from llm_quantize.model import capture
+from llm_quantize.evaluation import perplexity
+from llm_quantize.evaluation.perplexity import (
+    Measured,
+    QuantizedSource,
+    heldout_windows,
+    main,
+    measure,
+    sample,
+)
+from llm_quantize.model import block_forward
 from llm_quantize.model.source import HEAD_NAMES, Source
 from models import FAMILIES
 from models import write as write_model
@@ -173,7 +180,7 @@ def test_unpacking_in_slices(
     model: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rtn_checkpoint(model, tmp_path / "out", layout, 4, 32, False)
-    monkeypatch.setattr("llm_quantize.checkpoint.saved._AT_ONCE", 700)  # a few rows, and not a divisor
+    monkeypatch.setattr("llm_quantize.checkpoint.reader._AT_ONCE", 700)  # a few rows, and not a divisor
     saved = dequantized(tmp_path / "out")
     expected = dequantize_directory(tmp_path / "out")
     for linear in saved.linears:
@@ -333,7 +340,7 @@ def test_logits_stay_within_bounds(model: Path, tmp_path: Path, monkeypatch: pyt
     write_rtn_checkpoint(model, tmp_path / "out", "gptq", 3, 32, False)
     source, ids = Source.open(model), tokens(5, 24)
     shapes: list[tuple[int, ...]] = []
-    head = capture.head
+    head = block_forward.head
 
     @contextmanager
     def watched(*args: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -346,12 +353,12 @@ def test_logits_stay_within_bounds(model: Path, tmp_path: Path, monkeypatch: pyt
 
             yield watch
 
-    monkeypatch.setattr(capture, "head", watched)
+    monkeypatch.setattr(block_forward, "head", watched)
     whole = measure(source, tmp_path / "out", ids, CPU)
     assert shapes == [(5, 23, VOCABULARY)] * 2
     for count in (1, 7, 50):  # tokens at once: one, pieces of a window, two windows
         shapes.clear()
-        limit = count * VOCABULARY * 4 * evaluate._COPIES
+        limit = count * VOCABULARY * 4 * perplexity._COPIES
         agree(measure(source, tmp_path / "out", ids, CPU, logit_bytes=limit), whole, rel=1e-5)
         assert max(n * length for n, length, _ in shapes) == {1: 1, 7: 7, 50: 46}[count]
         assert sum(n * length for n, length, _ in shapes) == 2 * 5 * 23

@@ -25,19 +25,19 @@ from torch import Tensor
 
 from conftest import MAIN
 from llm_quantize import pipeline
-from llm_quantize.blockwise import blocks, solve
-from llm_quantize.calibration import corpus
-from llm_quantize.checkpoint.checkpoint import CheckpointWriter
-from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.blockwise import block_solution, loop
+from llm_quantize.calibration import text_sources
+from llm_quantize.checkpoint.reader import dequantized
+from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.formats import packing
-from llm_quantize.io import shards
-from llm_quantize.io.publish import Staging
-from llm_quantize.io.shards import Planned
-from llm_quantize.model import capture, source
+from llm_quantize.io import safetensors_files
+from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.safetensors_files import Planned
+from llm_quantize.model import block_forward, source
 from llm_quantize.model.source import Source
-from llm_quantize.solver import moments
+from llm_quantize.solver import hessian
 
 QUICK = ["--calib_samples", "4", "--calib_seq_len", "32", "--eval_data", "off", "--device", "cpu"]
 QUICK += ["--group_size", "32", "--quality", "fast", "--calib_data", str(EMBEDDED_CALIBRATION), "--no_resume"]
@@ -282,7 +282,7 @@ def test_a_bit_that_turns_on_the_way_to_the_disk(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any of the tensors: what is read back is not what was handed in, and nothing is published."""
-    real, count, at = shards.write_at, [0], [-1]
+    real, count, at = safetensors_files.write_at, [0], [-1]
 
     def turned(handle: int, data: memoryview, offset: int) -> None:
         count[0] += 1
@@ -291,7 +291,7 @@ def test_a_bit_that_turns_on_the_way_to_the_disk(
             changed[len(changed) // 2] ^= 1
         real(handle, memoryview(changed), offset)
 
-    monkeypatch.setattr(shards, "write_at", turned)
+    monkeypatch.setattr(safetensors_files, "write_at", turned)
     assert run(model, tmp_path / "out") == 0
     total = count[0]
     shutil.rmtree(tmp_path / "out")
@@ -427,8 +427,8 @@ def test_second_moments_of_all_kinds(
 ) -> None:
     """A result, finite everywhere, and a word that names the layer where it was not solved as usual."""
     change, said = MOMENTS[case]
-    real = moments.SecondMoment.finish
-    monkeypatch.setattr(moments.SecondMoment, "finish", lambda self: change(real(self).clone()))
+    real = hessian.SecondMoment.finish
+    monkeypatch.setattr(hessian.SecondMoment, "finish", lambda self: change(real(self).clone()))
     assert run(model, tmp_path / "out", method=method) == 0
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning:")]
     if said is not None:
@@ -536,9 +536,9 @@ def test_a_tokenizer_that_yields_nothing(
 def test_a_tokenizer_that_yields_nothing_of_this_text(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_quantize.calibration import calibration
+    from llm_quantize.calibration import windows
 
-    monkeypatch.setattr(calibration._Text, "_encode", lambda self, texts: [[] for _ in texts])
+    monkeypatch.setattr(windows._Text, "_encode", lambda self, texts: [[] for _ in texts])
     assert run(model, tmp_path / "out") == 2
     assert "too little text to calibrate on" in failed(capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
@@ -559,8 +559,8 @@ def test_a_dataset_that_ends_early(
         if error is not None:
             raise error
 
-    table = corpus.Table("org/text:train", ("text",), rows, streamed=True)
-    monkeypatch.setattr(corpus, "open_table", lambda source, seed: table)
+    table = text_sources.Table("org/text:train", ("text",), rows, streamed=True)
+    monkeypatch.setattr(text_sources, "open_table", lambda source, seed: table)
     code = run(model, tmp_path / "out", "--calib_samples", "64", "--calib_data", "org/text")
     if error is None:
         assert code == 0
@@ -574,21 +574,21 @@ def test_a_dataset_that_ends_early(
 # --- memory ---------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[Any, str]] = {
-    "embed": (capture, "embed"),
+    "embed": (block_forward, "embed"),
     "load": (Source, "load"),
-    "distinct inputs": (capture, "distinct_inputs"),
-    "capture": (capture, "capture"),
-    "second moments": (moments.SecondMoment, "add"),
-    "factorize": (solve, "Factorization"),
-    "grid search": (solve, "search_grid"),
-    "compensate": (solve, "compensate"),
-    "channel scales": (solve, "choose_scales"),
-    "folds": (blocks, "exact_folds"),
+    "distinct inputs": (block_forward, "distinct_inputs"),
+    "capture": (block_forward, "capture"),
+    "second moments": (hessian.SecondMoment, "add"),
+    "factorize": (block_solution, "Factorization"),
+    "grid search": (block_solution, "search_grid"),
+    "compensate": (block_solution, "compensate"),
+    "channel scales": (block_solution, "choose_scales"),
+    "folds": (loop, "exact_folds"),
     "packing": (packing, "pack"),
-    "replay": (capture, "replay"),
-    "block": (capture, "forward"),
+    "replay": (block_forward, "replay"),
+    "block": (block_forward, "forward"),
     "measuring": (pipeline, "measure"),
-    "output head": (capture, "head"),
+    "output head": (block_forward, "head"),
 }
 
 

@@ -16,8 +16,8 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llm_quantize.errors import InputError
-from llm_quantize.model import capture, folds
-from llm_quantize.model.folds import Fold, apply_fold, exact_folds, find_folds
+from llm_quantize.model import awq_mappings, block_forward
+from llm_quantize.model.awq_mappings import Fold, apply_fold, exact_folds, find_folds
 from models import CPU, FAMILIES, VOCABULARY, build, tokens
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
@@ -73,7 +73,7 @@ def called(config: Any) -> tuple[nn.Module, Tensor, dict[str, Any], Any]:
     (args, kwargs), (_, kwargs) = seen
     hidden = args[0] if args else seen[0][1]["hidden_states"]
     kwargs.pop("hidden_states", None)
-    kwargs = {k: v for k, v in kwargs.items() if k not in capture._CACHES}
+    kwargs = {k: v for k, v in kwargs.items() if k not in block_forward._CACHES}
     return block, hidden, kwargs, model.config
 
 
@@ -107,10 +107,12 @@ def test_expected(family: str) -> None:
     block, hidden, kwargs, config = called(FAMILIES[family]())
     folds = find_folds(block, config)
     assert names(folds) == EXPECTED[family]
-    assert exact_folds(block, folds, hidden, lambda x: capture.forward(block, x, kwargs)) == folds
-    states = capture.States((hidden.shape[0], hidden.shape[1], hidden.shape[2]), torch.float32, CPU, CPU)
+    assert exact_folds(block, folds, hidden, lambda x: block_forward.forward(block, x, kwargs)) == folds
+    states = block_forward.States(
+        (hidden.shape[0], hidden.shape[1], hidden.shape[2]), torch.float32, CPU, CPU
+    )
     states.put(0, len(states), hidden)
-    groups = capture.distinct_inputs(block, states, kwargs)
+    groups = block_forward.distinct_inputs(block, states, kwargs)
     # The targets of a fold are all that see that input: nothing else would go unscaled.
     assert all(list(fold.targets) in groups for fold in folds)
 
@@ -120,14 +122,14 @@ def test_expected(family: str) -> None:
 def test_output_stays(family: str, dtype: torch.dtype) -> None:
     """Norms and biases stored in BF16 lose digits, which the targets' scales make good."""
     block, hidden, kwargs, config = called(FAMILIES[family]())
-    before = capture.forward(block, hidden, kwargs)
+    before = block_forward.forward(block, hidden, kwargs)
     state = {k: v.clone() for k, v in block.state_dict().items()}
     folds = find_folds(block, config)
     for fold in [*([f] for f in folds), folds]:
         block.load_state_dict(state)
         for number, each in enumerate(fold):
             fold_in(block, each, scale(block, each, number), dtype)
-        after = capture.forward(block, hidden, kwargs)
+        after = block_forward.forward(block, hidden, kwargs)
         # Only biases, which no channel scale can make good, are off by their own rounding.
         biased = dtype != torch.float32 and any(name.endswith("bias") for name in state)
         tolerance = 2e-2 if biased else 2e-5
@@ -155,7 +157,7 @@ def test_zero_in_a_norm_keeps_its_channel() -> None:
     assert isinstance(norm.weight, Tensor)
     norm.weight[3] = 0
     norm.weight[4] *= -1
-    before = capture.forward(block, hidden, kwargs)
+    before = block_forward.forward(block, hidden, kwargs)
     fold = find_folds(block, config)[0]
     folded = apply_fold(block, fold, torch.full((64,), 3.0), torch.float32)
     assert folded.channels[3] == 1
@@ -163,7 +165,7 @@ def test_zero_in_a_norm_keeps_its_channel() -> None:
     assert folded.changed == ("input_layernorm.weight",)
     for path in fold.targets:
         block.get_parameter(f"{path}.weight").mul_(folded.channels)
-    torch.testing.assert_close(capture.forward(block, hidden, kwargs), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block_forward.forward(block, hidden, kwargs), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
@@ -225,7 +227,7 @@ def test_a_fold_that_changes_the_output_is_left_out(config: Any, left: set[tuple
     block, hidden, kwargs, config = called(config)
     state = {k: v.clone() for k, v in block.state_dict().items()}
     named = find_folds(block, config)
-    found = exact_folds(block, named, hidden, lambda x: capture.forward(block, x, kwargs))
+    found = exact_folds(block, named, hidden, lambda x: block_forward.forward(block, x, kwargs))
     assert names(found) == left
     for name, value in block.state_dict().items():
         assert torch.equal(value, state[name])
@@ -256,10 +258,10 @@ def test_what_a_norm_adds_to_its_weight(norm: nn.Module, offset: int, dtype: tor
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
-    assert folds._offset(norm) == offset
+    assert awq_mappings._offset(norm) == offset
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.func, "functional_call", lambda *_: pytest.fail("found twice"))
-        assert folds._offset(norm) == offset
+        assert awq_mappings._offset(norm) == offset
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -269,4 +271,4 @@ def test_the_gpu_is_not_waited_for(waits: Callable[[Callable[[], object]], int])
     block = nn.ModuleDict({"norm": LlamaRMSNorm(64), "linear": nn.Linear(64, 8)}).cuda()
     fold = Fold("norm", ("linear",), torch.arange(64, device="cuda"))
     scale = torch.ones(64, device="cuda")
-    assert waits(lambda: folds.apply_fold(block, fold, scale, torch.bfloat16)) == 0
+    assert waits(lambda: awq_mappings.apply_fold(block, fold, scale, torch.bfloat16)) == 0

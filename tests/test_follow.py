@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.follow import Follower
-from llm_quantize.blockwise.solve import EFFORTS, BlockChanges, SolveOptions, effort, solve_block
-from llm_quantize.model import capture
-from llm_quantize.model.folds import find_folds
-from llm_quantize.solver.gptq_solver import aim, factorize
+from llm_quantize.blockwise.block_solution import EFFORTS, BlockChanges, SolveOptions, effort, solve_block
+from llm_quantize.blockwise.reference import Follower
+from llm_quantize.model import block_forward
+from llm_quantize.model.awq_mappings import find_folds
+from llm_quantize.solver.gptq import aim, factorize
 from models import CPU
 
 
@@ -44,16 +44,16 @@ def test_aim_is_damped_least_squares(act_order: bool) -> None:
 )
 def test_residual_writers(family: str, writers: dict[str, str | None], opened: Any) -> None:
     source, states, kwargs = opened(family)
-    found = capture.residual_writers(source.modules[0], states, kwargs)
+    found = block_forward.residual_writers(source.modules[0], states, kwargs)
     assert found == writers
 
 
-def inputs(block: nn.Module, states: capture.States, kwargs: dict[str, Any], path: str) -> Tensor:
+def inputs(block: nn.Module, states: block_forward.States, kwargs: dict[str, Any], path: str) -> Tensor:
     """What a whole forward pass feeds a module."""
     seen: list[Tensor] = []
     handle = block.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        capture.forward(block, states.data, kwargs)
+        block_forward.forward(block, states.data, kwargs)
     handle.remove()
     return seen[0].reshape(-1, seen[0].shape[-1]).double()
 
@@ -63,10 +63,10 @@ def inputs(block: nn.Module, states: capture.States, kwargs: dict[str, Any], pat
 def test_drift(room: float, windows: int, opened: Any) -> None:
     source, states, kwargs = opened("llama")
     block = source.modules[0]
-    reference = capture.copied(states, windows)
+    reference = block_forward.copied(states, windows)
     states.data.add_(0.1 * torch.randn(states.data.shape, generator=torch.Generator().manual_seed(2)))
     paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    batch = capture.MicroBatch(CPU, 16, 64, tokens=32)
+    batch = block_forward.MicroBatch(CPU, 16, 64, tokens=32)
     follower = Follower(block, reference, states, kwargs, [[path] for path in paths], batch, room)
     with torch.no_grad():
         block.self_attn.v_proj.weight.mul_(1.2)  # as rounding would change it
@@ -105,15 +105,15 @@ def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
     for aims in (False, True):
         source, states, kwargs = opened("llama")
         block = source.modules[0]
-        reference = capture.copied(states, len(states))
+        reference = block_forward.copied(states, len(states))
         states.data.mul_(1.3)  # what a linear can undo
         with torch.no_grad():
-            expected = capture.forward(block, reference.data, kwargs)
+            expected = block_forward.forward(block, reference.data, kwargs)
         options = SolveOptions(
             8, 32, False, True, False, 0.01, EFFORTS["fast"], 0, (torch.float16,), torch.float16
         )
-        batch = capture.MicroBatch(CPU, 16, 64, tokens=32)
-        groups = capture.distinct_inputs(block, states, kwargs)
+        batch = block_forward.MicroBatch(CPU, 16, 64, tokens=32)
+        groups = block_forward.distinct_inputs(block, states, kwargs)
         follower = Follower(block, reference if aims else states, states, kwargs, groups, batch, 1e9)
         folds = find_folds(block, source.config)
         solved = list(
@@ -122,15 +122,15 @@ def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
         assert {s.path for s in solved} == {path for paths in groups for path in paths}
         assert all(s.report.fallback is None for s in solved)
         with torch.no_grad():
-            errors.append(float((capture.forward(block, states.data, kwargs) - expected).norm()))
+            errors.append(float((block_forward.forward(block, states.data, kwargs) - expected).norm()))
     assert errors[1] < 0.8 * errors[0]
 
 
 def test_what_is_not_finite_is_rounded_to_nearest(opened: Any) -> None:
     source, states, kwargs = opened("llama")
     block = source.modules[0]
-    reference = capture.copied(states, len(states))
-    batch = capture.MicroBatch(CPU, 16, 64)
+    reference = block_forward.copied(states, len(states))
+    batch = block_forward.MicroBatch(CPU, 16, 64)
     follower = Follower(block, reference, states, kwargs, [["self_attn.q_proj"]], batch, 1e9)
     reference.data[0, 0, 0] = torch.inf
     assert follower.drift(0, None) is None

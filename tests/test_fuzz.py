@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llm_quantize.calibration import corpus
-from llm_quantize.calibration.calibration import load_windows
-from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.calibration import text_sources
+from llm_quantize.calibration.windows import load_windows
+from llm_quantize.checkpoint.reader import dequantized
 from llm_quantize.config import CalibrationConfig
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.io.untrusted import check_counts
@@ -433,7 +433,7 @@ def test_names_of_calibration_data() -> None:
 
     def body(text: str) -> None:
         with refusing(InputError):
-            found = corpus.locate(text)
-            assert isinstance(found, Path | corpus.HubData)
+            found = text_sources.locate(text)
+            assert isinstance(found, Path | text_sources.HubData)
 
     run("names", st.lists(pieces, max_size=6).map("".join) | st.text(max_size=20), body, 300)

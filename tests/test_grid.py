@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.kernels.precision import representable
-from llm_quantize.solver.grid import (
+from llm_quantize.solver.qparams import (
     Grid,
     GridSpec,
     SearchEffort,

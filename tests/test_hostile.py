@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MAIN
-from llm_quantize.calibration import corpus
-from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.calibration import text_sources
+from llm_quantize.checkpoint.reader import dequantized
 from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
 from llm_quantize.errors import InputError
 from llm_quantize.io.hub import resolve_model
 from llm_quantize.io.untrusted import read_limited, without_places
-from llm_quantize.model.allocation import AllocationLimit, TooLarge
+from llm_quantize.model.allocation_limit import AllocationLimit, TooLarge
 from llm_quantize.model.source import Source, convert_pickles, tensor_files
 from llm_quantize.serving import serve_check
 from models import CPU
@@ -494,14 +494,14 @@ def test_the_limit_is_asked_before_memory_is_taken() -> None:
 
 def test_tokens_that_the_model_does_not_have(model: Path, tmp_path: Path, capsys: Any) -> None:
     """On a GPU an index out of range would end the process, and the run with it."""
-    from llm_quantize.model import capture
+    from llm_quantize.model import block_forward
 
     source = Source.open(model)
     for token in (2048, -1):
         with pytest.raises(
             InputError, match="and the model has 2048: give it the tokenizer that belongs to it"
         ):
-            capture.embed(source, torch.full((1, 8), token), CPU, CPU, torch.float32)
+            block_forward.embed(source, torch.full((1, 8), token), CPU, CPU, torch.float32)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append(
         {"id": 5000, "content": " the ", "special": False, "single_word": False, "lstrip": False, "rstrip": False,
@@ -636,7 +636,7 @@ def test_text_that_grows_without_end_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(corpus, "GROWTH_FREE", 1 << 20)
+    monkeypatch.setattr(text_sources, "GROWTH_FREE", 1 << 20)
     data = bomb(tmp_path / name, start, unit, 8)
     assert data.stat().st_size < (8 << 20) / 200
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -659,7 +659,7 @@ def test_a_value_that_is_stored_once_and_meant_often(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
     assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    table = corpus.open_table(tmp_path / "a.parquet", seed=0)
+    table = text_sources.open_table(tmp_path / "a.parquet", seed=0)
     assert sum(len(value) for value in table.read("text")) == 5000 << 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
 
@@ -670,11 +670,11 @@ def test_a_saved_dataset_cannot_name_what_is_elsewhere(key: str, name: Any, tmp_
     import datasets
 
     data = datasets.Dataset.from_dict({"text": ["some words"]})
-    with corpus.quiet():
+    with text_sources.quiet():
         data.save_to_disk(tmp_path / "other")
         datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
-    with corpus.reading(tmp_path):
-        assert list(corpus.open_table(tmp_path / "saved", seed=0).read("text")) == ["some words"]
+    with text_sources.reading(tmp_path):
+        assert list(text_sources.open_table(tmp_path / "saved", seed=0).read("text")) == ["some words"]
     (arrow,) = (tmp_path / "other").glob("*.arrow")
     (tmp_path / "saved" / "train" / "link.arrow").symlink_to(arrow)
     if key == "dataset_dict":
@@ -682,7 +682,7 @@ def test_a_saved_dataset_cannot_name_what_is_elsewhere(key: str, name: Any, tmp_
     else:
         edit(tmp_path / "saved" / "train" / "state.json", _data_files=[{"filename": name}])
     with pytest.raises(InputError) as caught:
-        corpus.open_table(tmp_path / "saved", seed=0)
+        text_sources.open_table(tmp_path / "saved", seed=0)
     assert "save the dataset again" in str(caught.value) or "link.arrow" in str(caught.value)
 
 
@@ -727,7 +727,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
         "for at in range(len(data)):\n"
         "    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])\n"
         "    try:\n"
-        "        with corpus.reading(path): list(corpus.open_table(path, seed=0).documents('text'))\n"
+        "        with text_sources.reading(path): list(text_sources.open_table(path, seed=0).documents('text'))\n"
         "    except InputError: told += 1\n"
         "print(told)"
     )

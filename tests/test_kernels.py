@@ -23,11 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels import dense, descent, launching, precision, reorder, rounding
-from llm_quantize.kernels.descent import Descent, descend_columns, descend_pieces
-from llm_quantize.kernels.group_search import can_search, search_groups
-from llm_quantize.kernels.lanes import Beside
-from llm_quantize.kernels.launching import compile_together, launch, need_contiguous_rows, triton_since
+from llm_quantize.kernels import cholesky, coordinate_descent, gptq_columns, launcher, permutation, precision
+from llm_quantize.kernels.coordinate_descent import Descent, descend_columns, descend_pieces
+from llm_quantize.kernels.gptq_columns import Rounding, compensate_columns
+from llm_quantize.kernels.launcher import compile_together, launch, need_contiguous_rows, triton_since
+from llm_quantize.kernels.permutation import divide_, permute, transposed, transposed_back, turn_
 from llm_quantize.kernels.precision import (
     halved,
     halved_error,
@@ -37,10 +37,10 @@ from llm_quantize.kernels.precision import (
     split_fourfold,
     tensor_cores,
 )
-from llm_quantize.kernels.reorder import divide_, permute, transposed, transposed_back, turn_
-from llm_quantize.kernels.rounding import Rounding, compensate_columns
-from llm_quantize.solver import grid
-from llm_quantize.solver.grid import Grid, GridSpec, SearchEffort
+from llm_quantize.kernels.scale_search import can_search, search_groups
+from llm_quantize.kernels.streams import Beside
+from llm_quantize.solver import qparams
+from llm_quantize.solver.qparams import Grid, GridSpec, SearchEffort
 from seams import KERNELS, everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -180,11 +180,11 @@ def test_kernels_are_compiled_together_and_not_started(monkeypatch: pytest.Monke
 def test_nothing_is_compiled_together(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor anything done that would need results."""
     if why == "old":
-        monkeypatch.setattr(launching, "triton_since", lambda *_: False)
+        monkeypatch.setattr(launch, "triton_since", lambda *_: False)
     elif why == "interpreted":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
-        monkeypatch.setattr(launching, "triton", None)
+        monkeypatch.setattr(launch, "triton", None)
     compile_together(lambda: pytest.fail("begun"), torch.device("cuda", 0))
 
 
@@ -196,7 +196,7 @@ def test_what_is_compiled_together_is_found() -> None:
     high, low = torch.zeros(2, 8, 4096, device="cuda")
     cache = precision._split_kernel.device_caches[x.device.index][0]
     cache.clear()
-    launching._COMPILED.clear()
+    launcher._COMPILED.clear()
     compile_together(lambda: precision._split_triton(x, high, low), x.device)
     (compiled,) = cache.values()
     assert compiled.module is not None
@@ -255,7 +255,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if kind == "halves":
         request.getfixturevalue("halves")
     else:
-        monkeypatch.setattr(dense, "takes_halves", lambda _: False)
+        monkeypatch.setattr(cholesky, "takes_halves", lambda _: False)
     if kind != "plain":
 
         def rounded(x: Tensor) -> Tensor:
@@ -265,12 +265,12 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         def emulated(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
             out.addmm_(rounded(a), rounded(b), alpha=alpha, beta=beta)
 
-        monkeypatch.setattr(dense, "_threefold", lambda a, b: a.dtype == torch.float32)
-        monkeypatch.setattr(dense, "_tf32_", emulated)
-        monkeypatch.setattr(dense, "DEPTH", 100)
-    monkeypatch.setattr(dense, "PANEL", 128)
-    monkeypatch.setattr(dense, "WIDE", 200)
-    monkeypatch.setattr(dense, "LEAF", 32)
+        monkeypatch.setattr(cholesky, "_threefold", lambda a, b: a.dtype == torch.float32)
+        monkeypatch.setattr(cholesky, "_tf32_", emulated)
+        monkeypatch.setattr(cholesky, "DEPTH", 100)
+    monkeypatch.setattr(cholesky, "PANEL", 128)
+    monkeypatch.setattr(cholesky, "WIDE", 200)
+    monkeypatch.setattr(cholesky, "LEAF", 32)
     return kind
 
 
@@ -292,7 +292,7 @@ def test_cholesky(n: int, products: str) -> None:
     exact, single = H.clone(), H.float().to(DEVICE)
     for A, tolerance in ((exact, 1e-13), (single, 3e-6)):
         A.add_(torch.full_like(A, 1e3).triu(1))  # the upper triangle is not read
-        failed, inverses = dense.cholesky_(A)
+        failed, inverses = cholesky.cholesky_(A)
         assert not bool(failed)
         assert torch.equal(A, A.tril())
         assert off(A, truth) < tolerance
@@ -310,7 +310,7 @@ def test_cholesky_tells_that_there_is_none(where: int, products: str) -> None:
     for bad in (-1.0, float("nan")):
         A = second_moment(600).float().to(DEVICE)
         A[where, where] = bad
-        failed, _ = dense.cholesky_(A)
+        failed, _ = cholesky.cholesky_(A)
         assert bool(failed) or bool(A.diagonal().isnan().any())
 
 
@@ -321,12 +321,12 @@ def test_three_products_are_as_good_as_float32(m: int, k: int, n: int, products:
     a, b, c = (torch.randn(*s, generator=generator) for s in ((m, k), (k, n), (m, n)))
     truth = c.double() * 0.5 - 2 * (a.double() @ b.double())
     out, once = c.clone(), c.clone()
-    dense.product_(out, a, b, alpha=-2.0, beta=0.5)
+    cholesky.product_(out, a, b, alpha=-2.0, beta=0.5)
     assert off(out, truth) < 3 * off(c * 0.5 - 2 * (a @ b), truth)
-    dense._tf32_(once, a, b, -2.0, 0.5)
+    cholesky._tf32_(once, a, b, -2.0, 0.5)
     assert off(once, truth) > 50 * off(out, truth)
     turned = c.clone()
-    dense.product_(turned, a, b.T.contiguous().T, alpha=-2.0, beta=0.5)
+    cholesky.product_(turned, a, b.T.contiguous().T, alpha=-2.0, beta=0.5)
     torch.testing.assert_close(turned, out, atol=1e-4, rtol=1e-5)
 
 
@@ -425,15 +425,15 @@ def test_transposition_kernel(shape: tuple[int, int]) -> None:
     x, order = on_device(weights(*shape), torch.randperm(shape[1]))
     inverse = torch.argsort(order)
     y = x.new_empty(shape[::-1])
-    assert torch.equal(reorder._transpose_triton(x, y), x.T)
-    assert torch.equal(reorder._transpose_triton(x, y, to=inverse), x.T[order])
-    assert torch.equal(reorder._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
+    assert torch.equal(permutation._transpose_triton(x, y), x.T)
+    assert torch.equal(permutation._transpose_triton(x, y, to=inverse), x.T[order])
+    assert torch.equal(permutation._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
 
 
 @pytest.mark.usefixtures("twin_or_kernel")
 @pytest.mark.parametrize("n", [1, 2, 33, 1100])
 def test_whole_matrices_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reorder, "STRIP", 32)
+    monkeypatch.setattr(permutation, "STRIP", 32)
     H, scale, order = on_device(weights(n, n), weights(n).exp(), torch.randperm(n))
     for dtype in (torch.float32, torch.float64):
         out = torch.full((n, n), torch.nan, dtype=dtype, device=DEVICE)
@@ -454,14 +454,14 @@ def test_whole_matrices_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """With triangles factored on a stream of their own as without, to the last bit."""
     H = second_moment(1500).float().to(DEVICE)
-    monkeypatch.setattr(dense, "PANEL", 128)
-    monkeypatch.setattr(dense, "WIDE", 256)
-    monkeypatch.setattr(dense, "WHOLE", 0)
+    monkeypatch.setattr(cholesky, "PANEL", 128)
+    monkeypatch.setattr(cholesky, "WIDE", 256)
+    monkeypatch.setattr(cholesky, "WHOLE", 0)
     beside, found = Beside.stream, []
     for stream in (lambda self, behind=True: nullcontext(), beside, beside, beside):
         monkeypatch.setattr(Beside, "stream", stream)
         A = H.clone()
-        failed, inverses = dense.cholesky_(A)
+        failed, inverses = cholesky.cholesky_(A)
         torch.randn(2048, 2048, device=DEVICE) @ torch.randn(2048, 2048, device=DEVICE)
         found.append((failed, A, *inverses))
     for each in found[1:]:
@@ -470,11 +470,11 @@ def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n", [1, 100, 128, 129, 600])
 def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense, "PANEL", 128)
+    monkeypatch.setattr(cholesky, "PANEL", 128)
     H = second_moment(n)
     truth = torch.linalg.cholesky(H)
     A = H.clone()
-    failed, inverses = dense._by_the_library_(A)
+    failed, inverses = cholesky._by_the_library_(A)
     assert not bool(failed)
     torch.testing.assert_close(A, truth, rtol=0, atol=1e-12)
     for block, inverse in zip(diagonal_blocks(truth, inverses), inverses, strict=True):
@@ -488,10 +488,10 @@ def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large enough for the tensor cores, where they are taken."""
     n = 3000
-    monkeypatch.setattr(dense, "WHOLE", whole)
+    monkeypatch.setattr(cholesky, "WHOLE", whole)
     H = second_moment(n)
     L = H.float().to(DEVICE)
-    failed, inverses = dense.cholesky_(L)
+    failed, inverses = cholesky.cholesky_(L)
     assert not bool(failed)
     truth = torch.linalg.cholesky(H.to(DEVICE))
     plain = torch.linalg.cholesky(H.float().to(DEVICE))
@@ -541,8 +541,8 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
     whole = slice(0, columns)
-    rounding._compensate_triton(Rounding(work, scale, zero, group, R, levels, q, errors), whole)
-    rounding._compensate_torch(Rounding(twin, scale, zero, group, R, levels, q_twin, errors_twin), whole)
+    gptq_columns._compensate_triton(Rounding(work, scale, zero, group, R, levels, q, errors), whole)
+    gptq_columns._compensate_torch(Rounding(twin, scale, zero, group, R, levels, q_twin, errors_twin), whole)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -595,11 +595,11 @@ def test_compensate_several_pieces(columns: int, out: int) -> None:
     ours, twin = (
         Rounding(w, scale, zero, group, R, 15, q, e) for w, q, e in zip(works, qs, errors, strict=True)
     )
-    rounding._compensate_triton(ours, slice(0, columns))
+    gptq_columns._compensate_triton(ours, slice(0, columns))
     for start in range(0, columns, 128):
         part = slice(start, min(start + 128, columns))
         works[1][part].addmm_(R[:start, part].T, errors[1][:start], alpha=-1.0)
-        rounding._compensate_torch(twin, part)
+        gptq_columns._compensate_torch(twin, part)
     same = (qs[0] == qs[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5  # a row may part ways at a near tie
     torch.testing.assert_close(works[0][:, same], works[1][:, same], atol=0, rtol=0)
@@ -642,7 +642,7 @@ def test_descend_several_pieces(
     descend_pieces(ours, pieces)
     for part in pieces:
         missing = coupled[part, begin : part.start].float() @ made[1][: part.start - begin].float()
-        descent._descend_torch(twin, part, begin, missing)
+        coordinate_descent._descend_torch(twin, part, begin, missing)
     assert not torch.equal(qs[0], q)
     same = (qs[0] == qs[1]).all(dim=0) & (scales[0] == scales[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5
@@ -663,10 +663,10 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         everywhere(monkeypatch, "triton_since", since)
         q = torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE)
         v, errors, scales = W.clone(), torch.empty_like(W), scale.clone()
-        rounding._compensate_triton(Rounding(v, scale, zero, group, R, 15, q, errors), slice(0, columns))
+        gptq_columns._compensate_triton(Rounding(v, scale, zero, group, R, 15, q, errors), slice(0, columns))
         rounded = q.clone()
         state = Descent(H @ (W - v), scales, zero, H, 15, q, errors, HALVES, 128, coupled=H)
-        descent._descend_triton(state, slice(0, 256), 0, None, 128)
+        coordinate_descent._descend_triton(state, slice(0, 256), 0, None, 128)
         found.append((rounded, q, scales))
     for one, other in zip(*found, strict=True):
         assert float((one == other).all(dim=0).float().mean()) > 0.9
@@ -738,8 +738,8 @@ def test_descend_kernel(
 ) -> None:
     ours = Piece(columns, out, levels, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
-    ours.descend(descent._descend_triton, refit)
-    twin.descend(descent._descend_torch, refit)
+    ours.descend(coordinate_descent._descend_triton, refit)
+    twin.descend(coordinate_descent._descend_torch, refit)
     same = (ours.q == twin.q).all(dim=0) & (ours.scale == twin.scale)
     assert float(same.float().mean()) > 0.9
     exact = 2.0**-10 if units else 1e-5
@@ -763,7 +763,7 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     if device == "cuda" and DEVICE == "cpu":
         if not INTERPRETED:
             pytest.skip("needs a CUDA device (or Triton's interpreter)")
-        run: Callable[..., None] = descent._descend_triton
+        run: Callable[..., None] = coordinate_descent._descend_triton
     else:
         run = descend_columns
     fast = device == "cuda"
@@ -791,7 +791,7 @@ def test_ties_go_to_even(step: float) -> None:
     one = torch.ones(1, 17, device=DEVICE)
     first = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     state = Rounding(work, one * step, one * 100, first, one[:, :1], 255, q, one.clone())
-    rounding._compensate_triton(state, slice(0, 1))
+    gptq_columns._compensate_triton(state, slice(0, 1))
     assert q[0].tolist() == (torch.round(halves) + 100).tolist()
 
 
@@ -810,15 +810,15 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
     W[1] = W[1].abs()  # one sign alone
     W[2] *= 1e-4  # scales at the bottom of float16
     H = second_moment(groups * size).float()
-    W, M = on_device(W, grid.metric_blocks(H, size))
+    W, M = on_device(W, qparams.metric_blocks(H, size))
     spec = GridSpec(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
     effort = SearchEffort(sweep=7, refits=2)
     grouped = W.reshape(out, groups, size)
     scale, zero, loss = search_groups(
-        grouped, M, grid._shrinks(bits, effort.sweep), levels=spec.levels, symmetric=symmetric,
+        grouped, M, qparams._shrinks(bits, effort.sweep), levels=spec.levels, symmetric=symmetric,
         zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
     )  # fmt: skip
-    twin = grid._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
+    twin = qparams._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
     assert torch.equal(scale, representable(scale, dtypes))
     assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
@@ -828,7 +828,7 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
     torch.testing.assert_close(loss[same], twin.loss[same], rtol=1e-3, atol=1e-12)
     # And the error is what it says.
     chosen = Grid(scale.T, zero.T)
-    E = W - grid.dequantize(grid.round_to_nearest(W, chosen, spec), chosen, size)
+    E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, spec), chosen, size)
     E = E.reshape(out, groups, size).double()
     truth = torch.einsum("ogi,gij,ogj->go", E, M.double(), E)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=1e-12)
@@ -837,18 +837,18 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
 @_kernel_test
 def test_search_kernel_in_low_precision() -> None:
     """Fast products may pick another of two near equals, and lose nothing on the whole."""
-    W, M = on_device(weights(96, 256), grid.metric_blocks(second_moment(256).float(), 128))
+    W, M = on_device(weights(96, 256), qparams.metric_blocks(second_moment(256).float(), 128))
     spec, grouped = GridSpec(4, 128, True), W.reshape(96, 2, 128)
     exact, fast = (
         search_groups(
-            grouped, M, grid._shrinks(4, 24), levels=15, symmetric=True, zero_min=0,
+            grouped, M, qparams._shrinks(4, 24), levels=15, symmetric=True, zero_min=0,
             dtypes=spec.scale_dtypes, refits=2, precision=precision,
         )
         for precision in ("tf32x3", "tf32")
     )  # fmt: skip
     chosen = Grid(fast[0].T, fast[1].T)
     E = (
-        (W - grid.dequantize(grid.round_to_nearest(W, chosen, spec), chosen, 128))
+        (W - qparams.dequantize(qparams.round_to_nearest(W, chosen, spec), chosen, 128))
         .reshape(96, 2, 128)
         .double()
     )
@@ -861,18 +861,18 @@ def test_search_kernel_in_low_precision() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
-    from llm_quantize.solver import gptq_solver
+    from llm_quantize.solver import gptq
 
     W, H = weights(300, 384), second_moment(384).float()
     spec = GridSpec(4, 128, True)
     results = []
     for device in ("cpu", "cuda"):
         w, h = W.to(device), H.clone().to(device)
-        found = grid.search_grid(w, grid.metric_blocks(h, 128), spec)
-        factor = gptq_solver.factorize(h, 0.01, act_order=True)
-        q = gptq_solver.compensate(w, found, spec, factor)
-        q, found = gptq_solver.descend(w, q, found, spec, h, sweeps=1, refit=True)
-        results.append(gptq_solver.output_error(w, grid.dequantize(q, found, 128), h))
+        found = qparams.search_grid(w, qparams.metric_blocks(h, 128), spec)
+        factor = gptq.factorize(h, 0.01, act_order=True)
+        q = gptq.compensate(w, found, spec, factor)
+        q, found = gptq.descend(w, q, found, spec, h, sweeps=1, refit=True)
+        results.append(gptq.output_error(w, qparams.dequantize(q, found, 128), h))
     assert results[1] == pytest.approx(results[0], rel=0.01)
 
 
@@ -880,23 +880,23 @@ def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
 @pytest.mark.gpu
 def test_the_solver_hardly_waits_for_the_gpu(waits: Callable[[Callable[[], object]], int]) -> None:
     """One answer for a factorization, one for an error; none in a choice of scales, none in the rounding."""
-    from llm_quantize.solver import awq_search, gptq_solver
+    from llm_quantize.solver import awq_scales, gptq
 
     W, H = weights(300, 1500).cuda(), second_moment(1500).float().cuda()
     spec, rows = GridSpec(4, 60, True), torch.arange(1500, device="cuda")
     assert waits(lambda: float(W[0, 0])) == 1
 
-    def factorize() -> gptq_solver.Factor:
-        return gptq_solver.factorize(H.clone(), 0.1, act_order=True)
+    def factorize() -> gptq.Factor:
+        return gptq.factorize(H.clone(), 0.1, act_order=True)
 
-    factor, plain = factorize(), grid.minmax_grid(W, spec)
-    q = gptq_solver.compensate(W, plain, spec, factor)
+    factor, plain = factorize(), qparams.minmax_grid(W, spec)
+    q = gptq.compensate(W, plain, spec, factor)
     assert waits(factorize) <= 1
-    assert waits(lambda: gptq_solver.compensate(W, plain, spec, factor)) == 0
-    assert waits(lambda: gptq_solver.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
-    assert waits(lambda: gptq_solver.output_error(W, grid.dequantize(q, plain, 60), H)) <= 1
+    assert waits(lambda: gptq.compensate(W, plain, spec, factor)) == 0
+    assert waits(lambda: gptq.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
+    assert waits(lambda: gptq.output_error(W, qparams.dequantize(q, plain, 60), H)) <= 1
     effort = SearchEffort(8, 1)
-    assert waits(lambda: awq_search.choose_scales(W, H, factor, rows, 1500, spec, effort)) == 0
+    assert waits(lambda: awq_scales.choose_scales(W, H, factor, rows, 1500, spec, effort)) == 0
 
 
 def test_fallback_where_triton_cannot_run() -> None:

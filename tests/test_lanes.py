@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.solve import EFFORTS, BlockChanges, SolveOptions, solve_block
-from llm_quantize.kernels.lanes import Beside, Lanes, Mark
-from llm_quantize.model.folds import Fold
+from llm_quantize.blockwise.block_solution import EFFORTS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.kernels.streams import Beside, Lanes, Mark
+from llm_quantize.model.awq_mappings import Fold
 
 CPU = torch.device("cpu")
 gpu = [

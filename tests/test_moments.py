@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from llm_quantize.solver.moments import SecondMoment
+from llm_quantize.solver.hessian import SecondMoment
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

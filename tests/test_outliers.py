@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Runs
 from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
-from llm_quantize.evaluation.evaluate import measure
-from llm_quantize.model import capture
+from llm_quantize.evaluation.perplexity import measure
+from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
-from llm_quantize.solver.moments import SecondMoment
+from llm_quantize.solver.hessian import SecondMoment
 from models import CPU
 from reference import write_rtn_checkpoint
 
@@ -60,13 +60,13 @@ def test_the_function_is_the_same(model: Path, windows: torch.Tensor) -> None:
 
 def test_channels_stand_out(model: Path, windows: torch.Tensor) -> None:
     source = Source.open(model)
-    states, calls = capture.embed(source, windows, CPU, CPU, torch.float32)
+    states, calls = block_forward.embed(source, windows, CPU, CPU, torch.float32)
     name, block = source.blocks[0], source.modules[0]
     source.load(block, name, CPU, torch.float32)
-    groups = capture.distinct_inputs(block, states, calls.kwargs[0])
+    groups = block_forward.distinct_inputs(block, states, calls.kwargs[0])
     sums = [SecondMoment(block.get_submodule(g[0]).in_features, CPU) for g in groups]  # type: ignore[arg-type]
-    batch = capture.MicroBatch(CPU, 128, 1024)
-    capture.capture(block, states, calls.kwargs[0], groups, batch, lambda i, x: sums[i].add(x))
+    batch = block_forward.MicroBatch(CPU, 128, 1024)
+    block_forward.capture(block, states, calls.kwargs[0], groups, batch, lambda i, x: sums[i].add(x))
     for total in sums:
         rms = total.finish().diagonal().sqrt()
         assert int((rms > 20 * rms.median()).sum()) >= 4

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from llm_quantize.errors import InputError
 from llm_quantize.formats.layouts import HOLDS
 from llm_quantize.formats.packing import check_shape, pack, planned, quantization_config, unpack
-from llm_quantize.solver.grid import Grid
+from llm_quantize.solver.qparams import Grid
 from reference import (
     Layer,
     groups_in_order,

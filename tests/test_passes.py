@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.model import capture, passes
-from llm_quantize.model.capture import MicroBatch
-from llm_quantize.model.passes import Passes, walk
+from llm_quantize.model import block_forward, suspended_forward
+from llm_quantize.model.block_forward import MicroBatch
 from llm_quantize.model.source import Source
+from llm_quantize.model.suspended_forward import Passes, walk
 from models import CPU, FAMILIES
 
-Opened = tuple[Source, capture.States, dict[str, Any]]
+Opened = tuple[Source, block_forward.States, dict[str, Any]]
 
 
 def groups_of(found: Opened) -> list[list[str]]:
     source, states, kwargs = found
-    return capture.distinct_inputs(source.modules[0], states, kwargs)
+    return block_forward.distinct_inputs(source.modules[0], states, kwargs)
 
 
 def begun(found: Opened, room: float, windows: int = 2, **more: Any) -> Passes:
@@ -40,7 +40,7 @@ def whole(found: Opened, path: str | None) -> Tensor:
     if path is not None:
         handle = block.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        out = [capture.forward(block, states.data[a : a + 2], kwargs) for a in range(0, len(states), 2)]
+        out = [block_forward.forward(block, states.data[a : a + 2], kwargs) for a in range(0, len(states), 2)]
     if handle is not None:
         handle.remove()
     return torch.cat(seen if path is not None else out).flatten(0, 1)
@@ -48,13 +48,13 @@ def whole(found: Opened, path: str | None) -> Tensor:
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each time that states are taken to begin a pass."""
-    real, begins = capture.States.get, []
+    real, begins = block_forward.States.get, []
 
-    def get(self: capture.States, start: int, stop: int) -> Tensor:
+    def get(self: block_forward.States, start: int, stop: int) -> Tensor:
         begins.append(start)
         return real(self, start, stop)
 
-    monkeypatch.setattr(capture.States, "get", get)
+    monkeypatch.setattr(block_forward.States, "get", get)
     return begins
 
 
@@ -158,12 +158,12 @@ def test_what_is_given_up_ends(opened: Callable[[str], Opened]) -> None:
 
 
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert passes.room(CPU, None, 64, 2048) > 0
-    monkeypatch.setattr(capture, "free_memory", lambda device, limit: limit or 1e9)
+    assert suspended_forward.room(CPU, None, 64, 2048) > 0
+    monkeypatch.setattr(block_forward, "free_memory", lambda device, limit: limit or 1e9)
     cuda = torch.device("cuda", 0)
     solving = 4 * (2.5 * 64**2 + 6 * 2048)
-    assert passes.room(cuda, None, 64, 2048) == pytest.approx(0.6 * (1e9 - solving))
-    assert passes.room(cuda, 10.0, 64, 2048) == 0
+    assert suspended_forward.room(cuda, None, 64, 2048) == pytest.approx(0.6 * (1e9 - solving))
+    assert suspended_forward.room(cuda, 10.0, 64, 2048) == 0
 
 
 @pytest.mark.gpu
@@ -175,13 +175,13 @@ def test_states_in_host_memory(room: float, saved: Callable[..., Path]) -> None:
     for home in (cuda, CPU):
         source = Source.open(saved("llama", torch.float32))
         tokens = torch.randint(3, 2048, (37, 64), generator=torch.Generator().manual_seed(1))
-        states, calls = capture.embed(source, tokens, home, cuda, torch.float32)
+        states, calls = block_forward.embed(source, tokens, home, cuda, torch.float32)
         assert states.data.is_pinned() == (home == CPU)
         batch = MicroBatch(cuda, states.length, 1, tokens=5 * states.length)
         for index, name in enumerate(source.blocks):
             block = source.modules[index]
             source.load(block, name, cuda, torch.float32)
-            groups = capture.distinct_inputs(block, states, calls.kwargs[index])
+            groups = block_forward.distinct_inputs(block, states, calls.kwargs[index])
             with Passes(block, states, calls.kwargs[index], [g[0] for g in groups], batch, room) as running:
                 for group, paths in enumerate(groups):
                     assert sum(x.shape[0] for x, _ in reached(running, group)) == 37 * 64

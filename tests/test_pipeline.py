@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 import awq_quantize
 import gptq_quantize
 from conftest import MAIN, Finished, Runs
-from llm_quantize.blockwise import blocks
-from llm_quantize.blockwise.solve import solve_block
+from llm_quantize.blockwise import loop
+from llm_quantize.blockwise.block_solution import solve_block
 from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
-from llm_quantize.evaluation import card
-from llm_quantize.evaluation.evaluate import Measured, measure
+from llm_quantize.evaluation import model_card
+from llm_quantize.evaluation.perplexity import Measured, measure
 from llm_quantize.model.source import Source
 from models import CPU, FAMILIES, write
 from published_bytes import COMBINATIONS
@@ -106,7 +106,7 @@ def sides(path: Path, source: Path) -> None:
         if file.suffix != ".safetensors" and file.name not in ("config.json", "model.safetensors.index.json"):
             name = "BASE_README.md" if file.name == "README.md" else file.name
             assert (path / name).read_bytes() == file.read_bytes()
-    own = {"config.json", "quantize_config.json", "model.safetensors", *card.OWN}
+    own = {"config.json", "quantize_config.json", "model.safetensors", *model_card.OWN}
     assert {p.name for p in path.iterdir()} <= own | {p.name for p in source.iterdir()}
     config, before = (json.loads((p / "config.json").read_text()) for p in (path, source))
     old = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct"}
@@ -308,12 +308,12 @@ class _Full:
     ("where", "call"),
     [
         ("llm_quantize.model.source.Source.load", 4),
-        ("llm_quantize.solver.moments.SecondMoment.finish", 9),
+        ("llm_quantize.solver.hessian.SecondMoment.finish", 9),
         ("llm_quantize.blockwise.solve.Factorization", 9),
         ("llm_quantize.blockwise.solve.descend", 9),
-        ("llm_quantize.model.capture.forward", 2),  # to see which linears share an input
-        ("llm_quantize.model.capture.forward", 3),  # for second moments
-        ("llm_quantize.solver.moments.SecondMoment.add", 5),  # between them
+        ("llm_quantize.model.block_forward.forward", 2),  # to see which linears share an input
+        ("llm_quantize.model.block_forward.forward", 3),  # for second moments
+        ("llm_quantize.solver.hessian.SecondMoment.add", 5),  # between them
     ],
 )
 def test_out_of_memory_once(
@@ -334,7 +334,7 @@ def test_out_of_memory_once(
     assert full.count > call + 1
     told = "out of memory on cpu, tried again with" in capsys.readouterr().err
     # A forward pass is taken again at once, in smaller portions.
-    assert told == ((where, call) != ("llm_quantize.model.capture.forward", 3))
+    assert told == ((where, call) != ("llm_quantize.model.block_forward.forward", 3))
     found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
     assert set(found) == set(expected)
     report = json.loads((target / "quantization_report.json").read_text())
@@ -359,7 +359,7 @@ def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     given: list[bool] = []
     words = ["--calib_samples", "16", "--calib_seq_len", "128", "--eval_samples", "4", "--device", "cpu"]
     stop: list[type[BaseException]] = []
-    real = blocks._block
+    real = loop._block
 
     def block(run: Any, index: int, *rest: Any) -> Any:
         given.append(rest[4].in_order)
@@ -367,14 +367,14 @@ def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             raise stop.pop()
         return real(run, index, *rest)
 
-    monkeypatch.setattr(blocks, "_block", block)
+    monkeypatch.setattr(loop, "_block", block)
     for name, home in (("in order", "cpu"), ("at once", "meta")):
         monkeypatch.setattr("llm_quantize.pipeline.states_home", lambda *_, home=home: torch.device(home))
         monkeypatch.setattr(
-            "llm_quantize.pipeline.Course", lambda batch, home, in_order: blocks.Course(batch, CPU, in_order)
+            "llm_quantize.pipeline.Course", lambda batch, home, in_order: loop.Course(batch, CPU, in_order)
         )
         if name == "at once":
-            monkeypatch.setattr(blocks, "walk", lambda *_: pytest.fail("a pass halted"))
+            monkeypatch.setattr(loop, "walk", lambda *_: pytest.fail("a pass halted"))
             stop.append(KeyboardInterrupt)
             assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 130
             monkeypatch.setattr("llm_quantize.pipeline.states_home", lambda *_: CPU)
@@ -430,7 +430,7 @@ def test_interruption(
 
     words = [*QUICK, "--output_path", str(target), "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "solve_block", failing)
+        patch.setattr(loop, "solve_block", failing)
         assert gptq_quantize.main([*words, *(() if keep else ("--no_resume",))]) == code
     assert contents(target) == before
     told = "; 2 of 4 blocks are kept, the same command goes on there" in said(capsys)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.io.publish import Staging, check_target
+from llm_quantize.io.atomic_directory import Staging, check_target
 
 
 def names(folder: Path) -> set[str]:

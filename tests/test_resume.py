@@ -13,8 +13,8 @@ import torch
 
 from conftest import MAIN
 from llm_quantize import pipeline
-from llm_quantize.blockwise import blocks
-from llm_quantize.blockwise.solve import solve_block
+from llm_quantize.blockwise import loop
+from llm_quantize.blockwise.block_solution import solve_block
 from llm_quantize.config import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
 
@@ -62,7 +62,7 @@ def interrupted(method: str, arguments: list[str], before: int) -> list[str]:
         return solve_block(block, name, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "solve_block", until)
+        patch.setattr(loop, "solve_block", until)
         code = MAIN[method](arguments)
     assert code == (130 if before < BLOCKS else 0)
     return solved
@@ -204,7 +204,7 @@ def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pyte
         assert MAIN["gptq"](words(model, target)) == 1
     assert place(target).exists()
     with monkeypatch.context() as patch:
-        patch.setattr("llm_quantize.model.capture.embed", killed)
+        patch.setattr("llm_quantize.model.block_forward.embed", killed)
         patch.setattr("llm_quantize.pipeline.measure", lambda *args: _measured())
         assert interrupted("gptq", words(model, target), BLOCKS) == []
     assert set(contents(target)) == set(contents(tmp_path / "whole"))
@@ -213,6 +213,6 @@ def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def _measured() -> Any:
-    from llm_quantize.evaluation.evaluate import Measured
+    from llm_quantize.evaluation.perplexity import Measured
 
     return Measured(1, 2.0, 2.0, 0.0, 1.0)

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llm_quantize.io import shards
-from llm_quantize.io.shards import DTYPES, Planned, plan
+from llm_quantize.io import safetensors_files
+from llm_quantize.io.safetensors_files import DTYPES, Planned, plan
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -30,9 +30,9 @@ def planned(found: dict[str, torch.Tensor]) -> list[Planned]:
 def test_the_same_bytes_as_the_library(tmp_path: Path) -> None:
     found = tensors()
     [shard] = plan(planned(found), 1 << 40)
-    handle = shards.create(shard, tmp_path)
+    handle = safetensors_files.create(shard, tmp_path)
     for name in reversed(found):
-        shards.write_at(handle, shards.raw(found[name]), shard.offsets[name])
+        safetensors_files.write_at(handle, safetensors_files.raw(found[name]), shard.offsets[name])
     save_file(found, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / shard.file).read_bytes() == (tmp_path / "theirs").read_bytes()
     assert (tmp_path / shard.file).stat().st_size == shard.size
@@ -41,9 +41,9 @@ def test_the_same_bytes_as_the_library(tmp_path: Path) -> None:
 def test_readable_from_the_start(tmp_path: Path) -> None:
     found = tensors()
     [shard] = plan(planned(found), 1 << 40)
-    handle = shards.create(shard, tmp_path)
+    handle = safetensors_files.create(shard, tmp_path)
     name = "2.é.torch.uint8"
-    shards.write_at(handle, shards.raw(found[name]), shard.offsets[name])
+    safetensors_files.write_at(handle, safetensors_files.raw(found[name]), shard.offsets[name])
     with safe_open(tmp_path / shard.file, framework="pt") as stored:
         assert set(stored.keys()) == set(found)
         assert torch.equal(stored.get_tensor(name), found[name])
@@ -71,7 +71,9 @@ def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monke
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real(handle, data[:3], offset))
     [shard] = plan([Planned("a", torch.int32, (5,))], 100)
-    handle = shards.create(shard, tmp_path)
-    shards.write_at(handle, shards.raw(torch.arange(5, dtype=torch.int32)), shard.offsets["a"])
+    handle = safetensors_files.create(shard, tmp_path)
+    safetensors_files.write_at(
+        handle, safetensors_files.raw(torch.arange(5, dtype=torch.int32)), shard.offsets["a"]
+    )
     with safe_open(tmp_path / shard.file, framework="pt") as stored:
         assert stored.get_tensor("a").tolist() == [0, 1, 2, 3, 4]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.solve import EFFORTS, BlockChanges, SolveOptions, solve_block
-from llm_quantize.kernels import dense
-from llm_quantize.kernels.lanes import Lanes
-from llm_quantize.kernels.launching import on_triton
-from llm_quantize.model.folds import Fold
-from llm_quantize.solver.awq_search import candidates, choose_scales, scale_
-from llm_quantize.solver.gptq_solver import (
+from llm_quantize.blockwise.block_solution import EFFORTS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.kernels import cholesky
+from llm_quantize.kernels.launcher import on_triton
+from llm_quantize.kernels.streams import Lanes
+from llm_quantize.model.awq_mappings import Fold
+from llm_quantize.solver.awq_scales import candidates, choose_scales, scale_
+from llm_quantize.solver.gptq import (
     Factor,
     NotFactorizable,
     activation_order,
@@ -25,7 +25,7 @@ from llm_quantize.solver.gptq_solver import (
     factorize,
     output_error,
 )
-from llm_quantize.solver.grid import (
+from llm_quantize.solver.qparams import (
     Grid,
     GridSpec,
     SearchEffort,
@@ -156,13 +156,13 @@ def test_dead_channels() -> None:
 @pytest.mark.parametrize("width", [1, 2, 5, 1023, 1024, 2050])
 def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
     """The permutation, Cholesky in place and the turn by strips, at their borders."""
-    from llm_quantize.solver import gptq_solver
+    from llm_quantize.solver import gptq
 
     x = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     H = x.T @ x + torch.eye(width)
     reverse = activation_order(H).flip(0)
-    scales = gptq_solver.norms(H)
-    U, inverses, failed = gptq_solver._factor(H, reverse, scales, dtype)
+    scales = gptq.norms(H)
+    U, inverses, failed = gptq._factor(H, reverse, scales, dtype)
     assert not failed
     expected = torch.linalg.cholesky(H[reverse][:, reverse].double()).flip(0, 1)
     torch.testing.assert_close(U.double(), expected, rtol=1e-3, atol=1e-4)
@@ -219,15 +219,15 @@ def test_spans_change_nothing_but_the_order_of_sums(
     span: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many columns wait before the others are told: as with one span, which is the whole row."""
-    from llm_quantize.solver import gptq_solver
+    from llm_quantize.solver import gptq
 
     W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
     spec = GridSpec(4, group, True)
     grid = search_grid(W, metric_blocks(H, group), spec)
     results = []
     for size in (4096, span):
-        monkeypatch.setattr(gptq_solver, "SPAN", size)
-        monkeypatch.setattr(dense, "PANEL", size)  # whose blocks are what the recursion's spans are
+        monkeypatch.setattr(gptq, "SPAN", size)
+        monkeypatch.setattr(cholesky, "PANEL", size)  # whose blocks are what the recursion's spans are
         factor = factorize(H.clone(), 0.0, act_order=True)
         assert len(factor.inverses) == -(-800 // size)
         q = compensate(W, grid, spec, factor)
@@ -241,9 +241,9 @@ def test_spans_change_nothing_but_the_order_of_sums(
     ]
     assert errors[1] == pytest.approx(errors[0], rel=2e-3)
     if span == 256:
-        pieces = [piece for part in gptq_solver._spans(800, group) for piece in part]
+        pieces = [piece for part in gptq._spans(800, group) for piece in part]
         assert [c for piece in pieces for c in range(800)[piece]] == list(range(800))
-        assert all(part[-1].stop - part[0].start <= span for part in gptq_solver._spans(800, group))
+        assert all(part[-1].stop - part[0].start <= span for part in gptq._spans(800, group))
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(2, 32, False), (4, 128, True), (8, 320, False)])
@@ -252,11 +252,11 @@ def test_products_of_half_precision_cost_nothing(
     bits: int, group: int, symmetric: bool, size: float, halves: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the sizes of rows and channels: a few of each are a thousand times as large or as small as the rest."""
-    from llm_quantize.solver import gptq_solver
+    from llm_quantize.solver import gptq
 
     width = 640
-    monkeypatch.setattr(gptq_solver, "SPAN", 256)
-    monkeypatch.setattr(dense, "PANEL", 256)
+    monkeypatch.setattr(gptq, "SPAN", 256)
+    monkeypatch.setattr(cholesky, "PANEL", 256)
     W, channels = weights(200, width) * size**0.25, torch.ones(width)
     W[::5] *= 1e-3
     channels[7::50], channels[9::50] = 1e3, 1e-3
@@ -266,7 +266,7 @@ def test_products_of_half_precision_cost_nothing(
     grid = search_grid(W, metric_blocks(H, group), spec)
     errors = []
     for takes in (True, False):
-        monkeypatch.setattr(dense, "takes_halves", lambda _, takes=takes: takes)
+        monkeypatch.setattr(cholesky, "takes_halves", lambda _, takes=takes: takes)
         factor = factorize(H.clone(), 1e-4, act_order=True)
         q = compensate(W, grid, spec, factor)
         found = descend(W, q, grid, spec, H, sweeps=2, refit=True)

@@ -30,8 +30,8 @@ from transformers import (
 
 from llm_quantize.config import EMBEDDED_MODEL
 from llm_quantize.errors import FinalError, InputError, WorkError
-from llm_quantize.model import capture
-from llm_quantize.model.capture import MicroBatch
+from llm_quantize.model import block_forward
+from llm_quantize.model.block_forward import MicroBatch
 from llm_quantize.model.source import (
     Source,
     convert_pickles,
@@ -58,13 +58,13 @@ def copied(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path
 @torch.no_grad()
 def streamed(source: Source, ids: torch.Tensor, windows: int = 2) -> torch.Tensor:
     """Logits, a block at a time, `windows` windows at a time."""
-    states, calls = capture.embed(source, ids, CPU, CPU, torch.float32)
+    states, calls = block_forward.embed(source, ids, CPU, CPU, torch.float32)
     batch = MicroBatch(CPU, ids.shape[1], 1, tokens=windows * ids.shape[1])
     for index, name in enumerate(source.blocks):
         source.load(source.modules[index], name, CPU, torch.float32)
-        capture.replay(source.modules[index], name, states, calls.kwargs[index], batch)
+        block_forward.replay(source.modules[index], name, states, calls.kwargs[index], batch)
         source.release(source.modules[index])
-    with capture.head(source, CPU, torch.float32) as logits:
+    with block_forward.head(source, CPU, torch.float32) as logits:
         result = logits(states.get(0, len(states)))
     assert all(p.is_meta for p in source.skeleton.parameters())
     return result
@@ -129,7 +129,7 @@ def test_blocks_called_in_other_ways(config: Any, tmp_path: Path) -> None:
 def test_blocks_that_take_more_of_each_token_than_states(tmp_path: Path) -> None:
     source = Source.open(write(tmp_path / "model", gemma4(32)))
     with pytest.raises(InputError, match="Gemma4TextDecoderLayer takes per_layer_input for every token"):
-        capture.embed(source, tokens(2), CPU, CPU, torch.float32)
+        block_forward.embed(source, tokens(2), CPU, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -193,9 +193,9 @@ def test_embedded_model_opens() -> None:
 
 def test_distinct_inputs(saved: Callable[[str], Path]) -> None:
     source = Source.open(saved("gemma2"))
-    states, calls = capture.embed(source, tokens(2), CPU, CPU, torch.float32)
+    states, calls = block_forward.embed(source, tokens(2), CPU, CPU, torch.float32)
     source.load(source.modules[1], source.blocks[1], CPU, torch.float32)
-    found = capture.distinct_inputs(source.modules[1], states, calls.kwargs[1])
+    found = block_forward.distinct_inputs(source.modules[1], states, calls.kwargs[1])
     assert [sorted(p.rpartition(".")[2] for p in group) for group in found] == [
         ["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
     ]  # fmt: skip
@@ -206,15 +206,15 @@ def test_capture_sees_every_window_once(
 ) -> None:
     """Also where memory runs out in the middle of a block: no group sees a window twice."""
     source = Source.open(saved("llama"))
-    states, calls = capture.embed(source, tokens(7), CPU, CPU, torch.float32)
+    states, calls = block_forward.embed(source, tokens(7), CPU, CPU, torch.float32)
     block = source.modules[0]
     source.load(block, source.blocks[0], CPU, torch.float32)
-    groups = capture.distinct_inputs(block, states, calls.kwargs[0])
+    groups = block_forward.distinct_inputs(block, states, calls.kwargs[0])
 
     def run(windows: int) -> list[torch.Tensor]:
         seen: list[list[torch.Tensor]] = [[] for _ in groups]
         batch = MicroBatch(CPU, states.length, 1, tokens=windows * states.length)
-        capture.capture(
+        block_forward.capture(
             block,
             states,
             calls.kwargs[0],
@@ -244,13 +244,13 @@ def test_capture_sees_every_window_once(
 
 def test_states_that_overflow(saved: Callable[[str], Path]) -> None:
     source = Source.open(saved("llama"))
-    states, calls = capture.embed(source, tokens(2), CPU, CPU, torch.float32)
+    states, calls = block_forward.embed(source, tokens(2), CPU, CPU, torch.float32)
     block = source.modules[0]
     source.load(block, source.blocks[0], CPU, torch.float32)
     with torch.no_grad():
         block.get_parameter("mlp.down_proj.weight").fill_(1e38)
     with pytest.raises(WorkError, match=r"states after model\.layers\.0 are not finite") as caught:
-        capture.replay(block, source.blocks[0], states, calls.kwargs[0], MicroBatch(CPU, 24, 1))
+        block_forward.replay(block, source.blocks[0], states, calls.kwargs[0], MicroBatch(CPU, 24, 1))
     one_line(caught.value)
 
 

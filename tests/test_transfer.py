@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm_quantize.checkpoint import checkpoint, saved
-from llm_quantize.checkpoint.checkpoint import CheckpointWriter, digest
+from llm_quantize.checkpoint import reader
+from llm_quantize.checkpoint import writer as writer_module
+from llm_quantize.checkpoint.writer import CheckpointWriter, digest
 from llm_quantize.errors import FinalError, WorkError
-from llm_quantize.evaluation.evaluate import measure
-from llm_quantize.io import shards, transfer
-from llm_quantize.io.publish import Staging
-from llm_quantize.io.shards import Planned
-from llm_quantize.io.transfer import Incoming, Outgoing
+from llm_quantize.evaluation.perplexity import measure
+from llm_quantize.io import pinned_copies, safetensors_files
+from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.pinned_copies import Incoming, Outgoing
+from llm_quantize.io.safetensors_files import Planned
 from llm_quantize.model import source
 from models import FAMILIES, write
 from reference import write_rtn_checkpoint
@@ -55,7 +56,7 @@ class Late(Outgoing):
 def test_places_do_not_overlap_and_come_back() -> None:
     out = Late(16 << 10)
     rng = random.Random(0)
-    held: list[tuple[transfer.Landing, Tensor]] = []
+    held: list[tuple[pinned_copies.Landing, Tensor]] = []
     for number in range(400):
         tensor = torch.full((rng.randint(1, 700),), number, dtype=torch.int32)
         with ThreadPoolExecutor(1) as pool:  # room may come only when an earlier one is released
@@ -125,7 +126,7 @@ def test_a_copy_that_cannot_begin_leaves_its_place() -> None:
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> dict[str, Tensor]:
     """Four tensors through a writer, each changed as soon as it is handed in."""
     out = Late(size)
-    monkeypatch.setattr(checkpoint, "Outgoing", lambda: out)
+    monkeypatch.setattr(writer_module, "Outgoing", lambda: out)
     names = [f"t{n}" for n in range(4)]
     with Staging(tmp_path / "out", overwrite=False) as staging:
         plan = [Planned(name, torch.int32, (300,)) for name in names]
@@ -140,7 +141,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> dict[
             assert writer._layers["layer2"] == [
                 digest(torch.full((300,), value, dtype=torch.int32)) for value in (2, 3, 4)
             ]
-            monkeypatch.setattr(writer, "_layers", {})
+            monkeypatch.setattr(writer_module, "_layers", {})
             writer.complete("awq", 4, 16)
         staging.publish()
     assert out.launched == (16 if size >= 1200 else 0)
@@ -158,7 +159,7 @@ def test_the_writer_waits_for_what_arrives(
 def test_a_failed_write_does_not_stop_what_waits_for_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "Outgoing", lambda: Late(1536))
+    monkeypatch.setattr(writer_module, "Outgoing", lambda: Late(1536))
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -166,7 +167,7 @@ def test_a_failed_write_does_not_stop_what_waits_for_room(
     with Staging(tmp_path / "out", overwrite=False) as staging:
         plan = [Planned(f"t{n}", torch.int32, (300,)) for n in range(8)]
         with CheckpointWriter(staging, plan, {"run": {}}) as writer:
-            monkeypatch.setattr(shards, "write_at", full)
+            monkeypatch.setattr(safetensors_files, "write_at", full)
 
             def add_all() -> None:
                 for n in range(8):
@@ -265,9 +266,9 @@ def test_ahead_of_nothing_where_memory_is_short(short: str, monkeypatch: pytest.
         return None if short == "no pinned memory" else plain(size)
 
     if short == "little free":
-        monkeypatch.setattr(transfer, "available", lambda: 8000)
+        monkeypatch.setattr(pinned_copies, "available", lambda: 8000)
     if short == "a huge block":
-        monkeypatch.setattr(transfer, "LARGEST", 2000)
+        monkeypatch.setattr(pinned_copies, "LARGEST", 2000)
     ahead = Here(read, allocate)
     ahead.begin(["a", "b"])
     assert ahead.take("a", CPU) is None
@@ -282,7 +283,7 @@ def test_ahead_serves_no_host() -> None:
 
 
 def test_free_memory_is_known() -> None:
-    assert 1 << 20 < transfer.available() <= 1 << 60
+    assert 1 << 20 < pinned_copies.available() <= 1 << 60
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ class Ahead(Here):
 def reads_ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Makes every model read ahead, on the CPU too; the names that came that way."""
     monkeypatch.setattr(Ahead, "taken", [])
-    for module in (source, saved):
+    for module in (source, reader):
         monkeypatch.setattr(module, "Incoming", Ahead)
     return Ahead.taken
 
@@ -325,7 +326,7 @@ def test_measured_the_same_read_ahead_or_not(
     names = [name for name in model.files if ".layers." in name]
     assert set(names) <= set(reads_ahead)
     assert [n for n in reads_ahead if n.endswith("weight_packed" if layout[0] == "c" else "qweight")]
-    for module in (source, saved):
+    for module in (source, reader):
         monkeypatch.setattr(module, "Incoming", Incoming)
     reads_ahead.clear()
     assert measure(source.Source.open(tmp_path / "model"), tmp_path / "out", ids, CPU) == found

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import gptq_quantize
 from conftest import Runs
-from llm_quantize.blockwise import blocks, tune
-from llm_quantize.blockwise.solve import EFFORTS, LayerReport, Solved, SolveOptions, effort
+from llm_quantize.blockwise import loop, tuning
+from llm_quantize.blockwise.block_solution import EFFORTS, LayerReport, Solved, SolveOptions, effort
 from llm_quantize.config import EMBEDDED_CALIBRATION
 from llm_quantize.kernels.precision import representable
-from llm_quantize.model import capture
+from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
-from llm_quantize.solver.grid import Grid, dequantize, minmax_grid, round_to_nearest
+from llm_quantize.solver.qparams import Grid, dequantize, minmax_grid, round_to_nearest
 from models import CPU, tokens
 from reference import dequantize_directory
 
@@ -75,7 +75,7 @@ def test_gradients(bits: int) -> None:
     zero = torch.randint(0, levels + 1, (5, 3), generator=g).float()
     u = (torch.randn(5, 12, generator=g) * levels).requires_grad_()
     scale = torch.rand(5, 3, generator=g).requires_grad_()
-    made = tune._Rounded.apply(u, scale, zero, levels, torch.float32)
+    made = tuning._Rounded.apply(u, scale, zero, levels, torch.float32)
     wanted = torch.randn(5, 12, generator=g)
     torch.autograd.backward((made * wanted).sum())
     z, s = zero.repeat_interleave(4, 1), scale.detach().repeat_interleave(4, 1)
@@ -90,23 +90,23 @@ def test_gradients(bits: int) -> None:
 def test_a_block_comes_closer(
     symmetric: bool, dynamic: bool, saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "TOKENS", 256)
+    monkeypatch.setattr(tuning, "TOKENS", 256)
     source = Source.open(saved("llama", torch.float32))
-    states, calls = capture.embed(source, tokens(120, 32), CPU, CPU, torch.float32)
+    states, calls = block_forward.embed(source, tokens(120, 32), CPU, CPU, torch.float32)
     source.load(source.modules[0], source.blocks[0], CPU, torch.float32)
     block, kwargs, asked = source.modules[0], calls.kwargs[0], options(3, symmetric=symmetric, steps=96)
-    goal = capture.copied(states, len(states))
-    capture.replay(block, "m", goal, kwargs, capture.MicroBatch(CPU, 16, 64))
+    goal = block_forward.copied(states, len(states))
+    block_forward.replay(block, "m", goal, kwargs, block_forward.MicroBatch(CPU, 16, 64))
     others = {k: v.clone() for k, v in block.named_parameters() if "norm" in k}
     solved = nearest(block, asked, dynamic=dynamic)
     with torch.no_grad():
-        before = tune._distance(capture.forward(block, states.data, kwargs), goal.data)
-    few = capture.copied(goal, 96)
-    tuned = tune.tune_block(block, solved, asked, states, few, kwargs)
+        before = tuning._distance(block_forward.forward(block, states.data, kwargs), goal.data)
+    few = block_forward.copied(goal, 96)
+    tuned = tuning.tune_block(block, solved, asked, states, few, kwargs)
     with torch.no_grad():
-        made = capture.forward(block, states.data, kwargs)
+        made = block_forward.forward(block, states.data, kwargs)
     # A fifth of the windows was not among those that it was tuned with.
-    assert tune._distance(made[96:], goal.data[96:]) < 0.95 * before
+    assert tuning._distance(made[96:], goal.data[96:]) < 0.95 * before
     assert [t.path for t in tuned] == [s.path for s in solved]
     changed = 0
     for old, new in zip(solved, tuned, strict=True):
@@ -116,7 +116,7 @@ def test_a_block_comes_closer(
         assert int(new.q.max()) <= 7
         assert torch.equal(new.grid.zero, old.grid.zero)
         assert torch.equal(new.grid.scale, representable(new.grid.scale, asked.scale_dtypes))
-        weight = capture.linear_at(block, new.path).weight
+        weight = block_forward.linear_at(block, new.path).weight
         assert torch.equal(weight, by_hand(new, 32))
         changed += int((new.q != old.q).sum())
     assert changed > 100
@@ -129,22 +129,22 @@ def test_the_same_twice(device: str, opened: Any) -> None:
     for _ in range(2):
         source, states, kwargs = opened("qwen2")
         block, asked = source.modules[0], options(2)
-        goal = capture.copied(states, len(states))
-        capture.replay(block, "m", goal, kwargs, capture.MicroBatch(CPU, 16, 64))
+        goal = block_forward.copied(states, len(states))
+        block_forward.replay(block, "m", goal, kwargs, block_forward.MicroBatch(CPU, 16, 64))
         solved = nearest(block, asked)
         if device == "cuda":
             block.to(device)
             states, goal = _moved(states), _moved(goal)
             kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.cuda(), kwargs)
-        found.append(tune.tune_block(block, solved, asked, states, goal, kwargs))
+        found.append(tuning.tune_block(block, solved, asked, states, goal, kwargs))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.q, other.q)
         assert torch.equal(one.grid.scale, other.grid.scale)
 
 
-def _moved(states: capture.States) -> capture.States:
+def _moved(states: block_forward.States) -> block_forward.States:
     device = torch.device("cuda")
-    moved = capture.States(tuple(states.data.shape), states.data.dtype, device, device)
+    moved = block_forward.States(tuple(states.data.shape), states.data.dtype, device, device)
     moved.data.copy_(states.data)
     return moved
 
@@ -154,43 +154,43 @@ def test_nothing_to_do_changes_nothing(opened: Any) -> None:
     source, states, kwargs = opened("llama")
     block, asked = source.modules[0], options(4)
     solved = nearest(block, asked)
-    goal = capture.copied(states, len(states))
+    goal = block_forward.copied(states, len(states))
     with torch.no_grad():
-        goal.data.copy_(tune._Run(block, kwargs, CPU)(states.data, {}))
-    for old, new in zip(solved, tune.tune_block(block, solved, asked, states, goal, kwargs), strict=True):
+        goal.data.copy_(tuning._Run(block, kwargs, CPU)(states.data, {}))
+    for old, new in zip(solved, tuning.tune_block(block, solved, asked, states, goal, kwargs), strict=True):
         assert torch.equal(old.q, new.q)
         assert torch.equal(old.grid.scale, new.grid.scale)
 
 
 @pytest.mark.parametrize("rate", [1e6, float("nan")])
 def test_what_does_not_help_is_given_up(rate: float, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "SCALE_RATE", rate)
+    monkeypatch.setattr(tuning, "SCALE_RATE", rate)
     source, states, kwargs = opened("llama")
     block, asked = source.modules[0], options(3)
-    goal = capture.copied(states, len(states))
-    capture.replay(block, "m", goal, kwargs, capture.MicroBatch(CPU, 16, 64))
+    goal = block_forward.copied(states, len(states))
+    block_forward.replay(block, "m", goal, kwargs, block_forward.MicroBatch(CPU, 16, 64))
     solved = nearest(block, asked)
     kept = {k: v.clone() for k, v in block.state_dict().items()}
-    assert tune.tune_block(block, solved, asked, states, goal, kwargs) is solved
+    assert tuning.tune_block(block, solved, asked, states, goal, kwargs) is solved
     assert all(torch.equal(v, kept[k]) for k, v in block.state_dict().items())
 
 
 def test_far_tokens_do_not_drown_the_others() -> None:
     wanted, made = torch.ones(1, 9, 4), torch.ones(1, 9, 4)
     made[0, 3] = 1.5
-    near = tune._distance(made, wanted)
+    near = tuning._distance(made, wanted)
     wanted[0, 0], made[0, 0] = 1000.0, 1000.0
-    assert tune._distance(made, wanted) == near
+    assert tuning._distance(made, wanted) == near
     made[0, 0] = 1500.0  # as far off, in its own measure, as the other
-    assert tune._distance(made, wanted) == pytest.approx(2 * float(near))
+    assert tuning._distance(made, wanted) == pytest.approx(2 * float(near))
 
 
 def test_which_efforts_tune() -> None:
     assert [bits for bits in (2, 3, 4, 8) if effort("best", bits).tune] == [2, 3]
     assert not any(effort(quality, bits).tune for quality in ("fast", "default") for bits in (2, 3, 4, 8))
-    assert tune.windows_used(384, 2048) == 64
-    assert tune.windows_used(384, 256) == 512
-    assert tune.windows_used(384, 10_000) == 64
+    assert tuning.windows_used(384, 2048) == 64
+    assert tuning.windows_used(384, 256) == 512
+    assert tuning.windows_used(384, 10_000) == 64
 
 
 WORDS = [
@@ -225,10 +225,10 @@ def test_without_memory_nothing_is_tuned(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     if how == "it runs out":
-        monkeypatch.setattr(tune, "_distance", out_of_memory)
+        monkeypatch.setattr(tuning, "_distance", out_of_memory)
     else:
-        monkeypatch.setattr(blocks, "_fits", lambda *_: False)
-        monkeypatch.setattr(tune, "tune_block", lambda *_: pytest.fail("tuned"))
+        monkeypatch.setattr(loop, "_fits", lambda *_: False)
+        monkeypatch.setattr(tuning, "tune_block", lambda *_: pytest.fail("tuned"))
     assert gptq_quantize.main([*WORDS, "--output_path", str(tmp_path / "short")]) == 0
     assert len(asked) == (how == "it runs out")
     warned = " ".join(capsys.readouterr().err.split())
@@ -246,7 +246,7 @@ def test_grid_is_not_shared() -> None:
     asked = options(4)
     (solved,) = nearest(block, asked)
     kept = Grid(solved.grid.scale.clone(), solved.grid.zero.clone()), solved.q.clone()
-    linear = tune._Linear(solved, asked, CPU)
+    linear = tuning._Linear(solved, asked, CPU)
     with torch.no_grad():
         linear.u.add_(1.0)
         linear.factor.mul_(1.1)

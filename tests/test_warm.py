@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 import gptq_quantize
-from llm_quantize.blockwise import blocks, warm
-from llm_quantize.blockwise.solve import AWQ_EFFORT, EFFORTS, SolveOptions
-from llm_quantize.kernels import columns, dense
+from llm_quantize.blockwise import kernel_warmup, loop
+from llm_quantize.blockwise.block_solution import AWQ_EFFORT, EFFORTS, SolveOptions
+from llm_quantize.kernels import cholesky, tiling
 from llm_quantize.model.source import Source
-from llm_quantize.solver.awq_search import choose_scales, scale_
-from llm_quantize.solver.gptq_solver import Factorization, compensate, descend
-from llm_quantize.solver.grid import metric_blocks, search_grid
+from llm_quantize.solver.awq_scales import choose_scales, scale_
+from llm_quantize.solver.gptq import Factorization, compensate, descend
+from llm_quantize.solver.qparams import metric_blocks, search_grid
 from seams import everywhere
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -56,14 +56,14 @@ def test_every_solver_and_nothing_else(
         return spy
 
     for name in ("choose_scales", "scale_", "factorize", "search_grid", "compensate", "descend"):
-        monkeypatch.setattr(warm, name, spied(name, getattr(warm, name)))
+        monkeypatch.setattr(kernel_warmup, name, spied(name, getattr(kernel_warmup, name)))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     settings = precision(), torch.is_grad_enabled()
-    monkeypatch.setattr(warm, "ROWS", (64, 96))
-    monkeypatch.setattr(warm, "COLUMNS", 80)
-    warm.rehearse(options(group_size=group_size), CPU, scales=scales)
+    monkeypatch.setattr(kernel_warmup, "ROWS", (64, 96))
+    monkeypatch.setattr(kernel_warmup, "COLUMNS", 80)
+    kernel_warmup.rehearse(options(group_size=group_size), CPU, scales=scales)
     assert torch.equal(torch.rand(3), expected)
     assert (precision(), torch.is_grad_enabled()) == settings
     each = ["search_grid", "compensate", "descend"]
@@ -99,14 +99,14 @@ def test_it_compiles_what_models_need(
 
     everywhere(monkeypatch, "launch", launch)
     everywhere(monkeypatch, "on_triton", lambda _: True)
-    monkeypatch.setattr(dense, "_threefold", lambda a, b: a.numel() * b.shape[1] >= 1 << 21)
-    monkeypatch.setattr(dense, "PANEL", 128)
-    monkeypatch.setattr(columns, "FEW", 256)
-    monkeypatch.setattr(warm, "ROWS", (256, 320))
-    monkeypatch.setattr(warm, "COLUMNS", 640)
-    monkeypatch.setattr(warm, "factorize", lambda H, *_, **__: warm._identity(len(H), CPU))
+    monkeypatch.setattr(cholesky, "_threefold", lambda a, b: a.numel() * b.shape[1] >= 1 << 21)
+    monkeypatch.setattr(cholesky, "PANEL", 128)
+    monkeypatch.setattr(tiling, "FEW", 256)
+    monkeypatch.setattr(kernel_warmup, "ROWS", (256, 320))
+    monkeypatch.setattr(kernel_warmup, "COLUMNS", 640)
+    monkeypatch.setattr(kernel_warmup, "factorize", lambda H, *_, **__: kernel_warmup._identity(len(H), CPU))
     given = options(group_size=size, zero_min=1, scale_dtypes=(torch.float16, torch.bfloat16))
-    warm.rehearse(given, CPU, scales=scales)
+    kernel_warmup.rehearse(given, CPU, scales=scales)
     Factorization(torch.eye(640), 0.1, act_order=True)  # as `factorize` would begin
     rehearsed = started.copy()
     assert len(rehearsed) >= 10 + scales
@@ -115,7 +115,7 @@ def test_it_compiles_what_models_need(
         H, W = torch.eye(width), torch.randn(rows, width)
         spec = given.spec(width)
         Factorization(H.clone(), 0.1, act_order=True)
-        factor = warm._identity(width, CPU)
+        factor = kernel_warmup._identity(width, CPU)
         if scales:
             choose_scales(W, H, factor, torch.arange(width), width, spec, AWQ_EFFORT)
             scale_(H, factor, torch.ones(width))
@@ -127,9 +127,9 @@ def test_it_compiles_what_models_need(
 
 
 def test_on_the_cpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "rehearse", lambda *args, **more: pytest.fail("rehearsed"))
+    monkeypatch.setattr(kernel_warmup, "rehearse", lambda *args, **more: pytest.fail("rehearsed"))
     before = threading.active_count()
-    with warm.Rehearsal() as rehearsal:
+    with kernel_warmup.Rehearsal() as rehearsal:
         rehearsal.begin(options(), CPU, scales=True)
         assert threading.active_count() == before
 
@@ -146,9 +146,9 @@ def test_it_ends_before_it_is_left(error: Exception | None, monkeypatch: pytest.
         if error is not None:
             raise error
 
-    monkeypatch.setattr(warm, "rehearse", slow)
+    monkeypatch.setattr(kernel_warmup, "rehearse", slow)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    with warm.Rehearsal() as rehearsal:
+    with kernel_warmup.Rehearsal() as rehearsal:
         rehearsal.begin(options(), GPU, scales=True)
         assert begun.wait(60)
         assert not ended.is_set()
@@ -168,11 +168,11 @@ def test_it_begins_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Source, "open", classmethod(opened))
     monkeypatch.setattr(
-        warm.Rehearsal, "begin", lambda _, given, device, scales: order.append((given, scales))
+        kernel_warmup.Rehearsal, "begin", lambda _, given, device, scales: order.append((given, scales))
     )
-    monkeypatch.setattr(warm.Rehearsal, "end", lambda _: order.append("waited for"))
+    monkeypatch.setattr(kernel_warmup.Rehearsal, "end", lambda _: order.append("waited for"))
     taken: list[Any] = []
-    real_blocks = blocks.quantize_blocks
+    real_blocks = loop.quantize_blocks
 
     def quantized(run: Any, *rest: Any) -> None:
         order.append("blocks")

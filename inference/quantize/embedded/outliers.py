@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_quantize.model.folds import Fold, find_folds, scale_block, sources
+from llm_quantize.model.awq_mappings import Fold, find_folds, scale_block, sources
 from llm_quantize.model.source import Source
 
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, get_args
 
-from llm_quantize.backends import libraries
+from llm_quantize.backends import registry
 from llm_quantize.config import (
     BITS,
     CALIB_SAMPLES,
@@ -221,7 +221,7 @@ def build_parser(method: Method) -> argparse.ArgumentParser:
     grid.add(
         "backend",
         "what does the work: native, this program; else a library of that name, in an environment of its own",
-        choices=libraries.choices(method),
+        choices=registry.choices(method),
     )
 
     text = Group("calibration")
@@ -414,9 +414,9 @@ def run(method: Method, argv: Sequence[str]) -> int:
 
 def _work(config: QuantizeConfig, console: Console) -> None:
     # Imports nothing heavy, so that a wrong path is told at once.
-    from llm_quantize.calibration.calibration import check_source
+    from llm_quantize.calibration.windows import check_source
+    from llm_quantize.io.atomic_directory import check_before_work
     from llm_quantize.io.hub import local_model
-    from llm_quantize.io.publish import check_before_work
 
     check_source(config.calibration)
     if config.model_path is not None:

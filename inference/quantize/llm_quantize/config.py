@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llm_quantize.backends import libraries
+from llm_quantize.backends import registry
 from llm_quantize.errors import InputError
 from llm_quantize.formats import layouts
 
@@ -130,7 +130,7 @@ class QuantizeConfig:
             raise InputError(
                 "--act_order_groups dynamic needs --desc_act true: take static, or leave it true"
             )
-        libraries.check(self)
+        registry.check(self)
         layouts.check_layout(
             self.file_layout, self.method, self.bits, self.group_size, self.symmetric, self.dynamic_groups
         )
@@ -171,8 +171,8 @@ class QuantizeConfig:
         """The layout to write, with `auto` resolved."""
         if self.layout != "auto":
             return self.layout
-        if self.backend != libraries.NATIVE:
-            return libraries.LIBRARIES[self.backend].writes(self.method)
+        if self.backend != registry.NATIVE:
+            return registry.LIBRARIES[self.backend].writes(self.method)
         # Only this layout has g_idx.
         return (
             "gptq" if self.dynamic_groups else layouts.choose_layout(self.method, self.bits, self.symmetric)
@@ -183,7 +183,7 @@ class QuantizeConfig:
         """Why vLLM refuses what is asked for, and what to take instead; None where it serves it. One line."""
         return layouts.not_served(
             self.file_layout, self.bits, self.group_size, self.symmetric, self.dynamic_groups
-        ) or libraries.not_served(self)
+        ) or registry.not_served(self)
 
     @property
     def embedded(self) -> bool:

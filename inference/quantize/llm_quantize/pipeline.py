@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quantize.backends import backend, libraries
-from llm_quantize.blockwise.blocks import Course, quantize_blocks, states_home
-from llm_quantize.blockwise.contents import config_json, plan, settings, side_files
-from llm_quantize.blockwise.job import Run, prepare, solve_options
+from llm_quantize.backends import registry, session
+from llm_quantize.blockwise.export import config_json, plan, settings, side_files
+from llm_quantize.blockwise.kernel_warmup import Rehearsal
+from llm_quantize.blockwise.loop import Course, quantize_blocks, states_home
 from llm_quantize.blockwise.resume import KeptStates, first_entry, identity
-from llm_quantize.blockwise.warm import Rehearsal
-from llm_quantize.calibration.calibration import Windows, load_windows
-from llm_quantize.checkpoint import foreign
-from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.blockwise.run_context import Run, prepare, solve_options
+from llm_quantize.calibration.windows import Windows, load_windows
+from llm_quantize.checkpoint import external
+from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.config import QuantizeConfig
 from llm_quantize.console import Console, duration
 from llm_quantize.errors import FinalError, InputError
-from llm_quantize.evaluation import card
-from llm_quantize.evaluation.evaluate import Measured, heldout_windows, measure, sample
+from llm_quantize.evaluation import model_card
+from llm_quantize.evaluation.perplexity import Measured, heldout_windows, measure, sample
+from llm_quantize.io.atomic_directory import Staging
 from llm_quantize.io.journal import Journal
-from llm_quantize.io.publish import Staging
-from llm_quantize.model import capture
+from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
 
 
@@ -64,8 +64,8 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
         rehearsal = stack.enter_context(Rehearsal())
         run = prepare(config, console, partial(_rehearse, rehearsal, config))
         run.stages["opening"] = time.perf_counter() - started
-        if config.backend != libraries.NATIVE:
-            library = backend.Session(libraries.LIBRARIES[config.backend], run.device, console)
+        if config.backend != registry.NATIVE:
+            library = session.Session(registry.LIBRARIES[config.backend], run.device, console)
             run.library = stack.enter_context(library)
         with run.stage("text"):
             windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
@@ -108,7 +108,7 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
 
 def _rehearse(rehearsal: Rehearsal, config: QuantizeConfig, device: torch.device, model: Any) -> None:
     """Begins it, for weights as the model's config promises; of another dtype, kernels are compiled in their turn."""
-    if config.backend == libraries.NATIVE:
+    if config.backend == registry.NATIVE:
         dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
         rehearsal.begin(solve_options(config, dtype), device, scales=config.method == "awq")
 
@@ -136,7 +136,7 @@ def _write_checkpoint(run: Run, windows: Windows, staging: Staging) -> int:
     run_id = identity(config, run.source, run.device, windows.fingerprint)
     length = windows.tokens.shape[1]
     widest = max(max(x.in_features, x.out_features) for x in run.source.linears(0))
-    batch = capture.MicroBatch(run.device, length, widest, limit=config.max_memory)
+    batch = block_forward.MicroBatch(run.device, length, widest, limit=config.max_memory)
     home = states_home(run, windows.tokens)
     begun = {"windows": batch.windows, "in_order": home == run.device}
     first = first_entry(staging, run_id, begun, restart=config.restart or config.no_resume)
@@ -154,39 +154,39 @@ def _write_checkpoint(run: Run, windows: Windows, staging: Staging) -> int:
 
 def _have_written(run: Run, windows: Windows, staging: Staging) -> int:
     """The same by a library: its files as it writes them, complete and read back."""
-    config, source, session = run.config, run.source, run.library
-    assert session is not None
+    config, source, library = run.config, run.source, run.library
+    assert library is not None
     # What an interrupted run of this program left is not thrown away unasked; a library leaves nothing to go on from.
     run_id = identity(config, source, run.device, windows.fingerprint) | {"--backend": config.backend}
     first_entry(staging, run_id, {}, restart=config.restart or config.no_resume)
     staging.clear()
-    job = backend.Job(
-        model=str(session.model(source, trust=config.trust_remote_code)),
+    job = session.Job(
+        model=str(library.model(source, trust=config.trust_remote_code)),
         output=str(staging.content),
-        windows=str(session.windows(windows.tokens)),
+        windows=str(library.windows(windows.tokens)),
         method=config.method,
         bits=config.bits,
         group_size=config.group_size,
         symmetric=config.symmetric,
         act_order=config.act_order_groups if config.method == "gptq" and config.desc_act else "none",
         damping=config.damp_percent,
-        dtype="float16" if session.library.float16 else str(run.store).removeprefix("torch."),
+        dtype="float16" if library.library.float16 else str(run.store).removeprefix("torch."),
         blocks=len(source.blocks),
         device=run.device.type,
         trust_remote_code=config.trust_remote_code,
     )
     with run.console.blocks(len(source.blocks)) as progress:
-        run.outcome = session.quantize(job, progress)
+        run.outcome = library.quantize(job, progress)
     run.stages |= run.outcome.seconds
     with run.stage("reading back"):
-        size = foreign.verify(
+        size = external.verify(
             staging.content,
             source,
             config.file_layout,
             config.bits,
             config.group_size,
             config.symmetric,
-            session.library.title,
+            library.library.title,
             trust=config.trust_remote_code,
         )
     staging.settle()
@@ -232,7 +232,7 @@ def _describe(
     source = run.source
     if run.config.file_layout == "gptq" and run.library is None:
         staging.write_json("quantize_config.json", settings(run))
-    facts = card.Facts(
+    facts = model_card.Facts(
         config=run.config,
         directory=source.directory,
         source_bytes=_source_bytes(source),
@@ -246,7 +246,7 @@ def _describe(
         measured=measured,
         library=None if run.library is None else run.library.versions,
     )
-    for name, content in card.files(facts).items():
+    for name, content in model_card.files(facts).items():
         staging.write(name, content)
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from llm_quantize.config import QuantizeConfig
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.io import shards
+from llm_quantize.io import safetensors_files
+from llm_quantize.io.atomic_directory import Staging
 from llm_quantize.io.journal import Journal
-from llm_quantize.io.publish import Staging
-from llm_quantize.model.capture import States
+from llm_quantize.model.block_forward import States
 from llm_quantize.model.source import Source
 
 _SHARE = 0.02  # of the time since states were last kept, that keeping them may take
@@ -171,22 +171,22 @@ class KeptStates:
     def _write(self, data: Tensor, blocks: int) -> None:
         start = time.monotonic()
         # Another name until it is whole: the earlier ones stay good.
-        shard = shards.single(f"{self._path.name}.new", _planned(data))
+        shard = safetensors_files.single(f"{self._path.name}.new", _planned(data))
         with suppress(OSError):  # a full disk is the checkpoint's to tell
-            handle = shards.create(shard, self._path.parent)
+            handle = safetensors_files.create(shard, self._path.parent)
             try:
                 total = xxhash.xxh3_128()
                 offset = shard.offsets["states"]
                 for part in _chunks(data):
-                    host = shards.raw(part.to("cpu").contiguous())
+                    host = safetensors_files.raw(part.to("cpu").contiguous())
                     total.update(host)
-                    shards.write_at(handle, host, offset)
+                    safetensors_files.write_at(handle, host, offset)
                     offset += len(host)
                 for name, small in (
                     ("blocks", torch.tensor(blocks)),
                     ("digest", torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8)),
                 ):
-                    shards.write_at(handle, shards.raw(small), shard.offsets[name])
+                    safetensors_files.write_at(handle, safetensors_files.raw(small), shard.offsets[name])
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -221,12 +221,12 @@ def _sound(stored: Any, data: Tensor, most: int) -> int:
     """Of how many blocks the states in an opened file are; 0 where they do not fit or are damaged."""
     blocks = int(stored.get_tensor("blocks"))
     kept = stored.get_slice("states")
-    dtype, shape = shards.NAMES.get(kept.get_dtype()), tuple(kept.get_shape())
+    dtype, shape = safetensors_files.NAMES.get(kept.get_dtype()), tuple(kept.get_shape())
     if not 0 < blocks <= most or (dtype, shape) != (data.dtype, tuple(data.shape)):
         return 0
     total = xxhash.xxh3_128()
     for _, part in _beside(stored, data):
-        total.update(shards.raw(part))
+        total.update(safetensors_files.raw(part))
     return blocks if total.digest() == bytes(stored.get_tensor("digest").tolist()) else 0
 
 
@@ -238,11 +238,11 @@ def _beside(stored: Any, data: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         start += len(part)
 
 
-def _planned(data: Tensor) -> list[shards.Planned]:
+def _planned(data: Tensor) -> list[safetensors_files.Planned]:
     return [
-        shards.Planned("states", data.dtype, tuple(data.shape)),
-        shards.Planned("blocks", torch.int64, ()),
-        shards.Planned("digest", torch.uint8, (16,)),
+        safetensors_files.Planned("states", data.dtype, tuple(data.shape)),
+        safetensors_files.Planned("blocks", torch.int64, ()),
+        safetensors_files.Planned("digest", torch.uint8, (16,)),
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.errors import InputError
-from llm_quantize.solver.grid import Grid
+from llm_quantize.solver.qparams import Grid
 
 # The tensors of a linear, by what follows its name; an asymmetric `compressed-tensors` one has all four.
 SUFFIXES: dict[str, tuple[str, ...]] = {

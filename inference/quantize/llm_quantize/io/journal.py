@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from llm_quantize.io.publish import sync
+from llm_quantize.io.atomic_directory import sync
 
 MAX_BYTES = 256 << 20
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.launching import (
+from llm_quantize.kernels.launcher import (
     jit,
     jit_for_any,
     launch,

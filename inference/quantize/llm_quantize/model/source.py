@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from llm_quantize.errors import FinalError, InputError, WorkError, is_failure, one_line
-from llm_quantize.io import shards
-from llm_quantize.io.transfer import Incoming
+from llm_quantize.io import safetensors_files
+from llm_quantize.io.pinned_copies import Incoming
 from llm_quantize.io.untrusted import (
     check_counts,
     check_files,
@@ -34,7 +34,7 @@ from llm_quantize.io.untrusted import (
     stays_inside,
     without_places,
 )
-from llm_quantize.model.allocation import AllocationLimit, TooLarge
+from llm_quantize.model.allocation_limit import AllocationLimit, TooLarge
 
 _MOE_HINTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 # Heads of other tasks, whose weights transformers would put under a language model's head without a word.
@@ -403,7 +403,7 @@ class Source:
         path = self.files[stored]
         try:
             found = self._handle(path).get_slice(stored)
-            return shards.NAMES[found.get_dtype()], tuple(found.get_shape())
+            return safetensors_files.NAMES[found.get_dtype()], tuple(found.get_shape())
         except KeyError as error:
             raise WorkError(
                 f"{stored} in {path.name} is {error.args[0]}: such tensors cannot be copied"

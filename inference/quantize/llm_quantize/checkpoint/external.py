@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llm_quantize.checkpoint.saved import dequantized
+from llm_quantize.checkpoint.reader import dequantized
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.formats import packing
 from llm_quantize.model.source import HEAD_NAMES, Source, tensor_files

@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.columns import nearest
-from llm_quantize.kernels.launching import jit, launch, on_triton, tl, triton
+from llm_quantize.kernels.launcher import jit, launch, on_triton, tl, triton
 from llm_quantize.kernels.precision import casts, to_representable
+from llm_quantize.kernels.tiling import nearest
 
 GROUPS = (32, 64, 128)  # group sizes that the kernel holds
 NEIGHBOURS = (0.92, 0.96, 1.0, 1.04, 1.08)  # on the best scale, for the zero points beside the best

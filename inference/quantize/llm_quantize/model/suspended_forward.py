@@ -15,8 +15,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from llm_quantize.io import transfer
-from llm_quantize.model import capture
+from llm_quantize.io import pinned_copies
+from llm_quantize.model import block_forward
 
 SHARE = 0.6  # of the memory that is free beside what solving takes
 
@@ -39,7 +39,7 @@ class _Pass(greenlet):
             owner.states.ahead(*following)
         if None in owner.watched:
             self.kept[None] = hidden
-        return capture.forward(owner.block, hidden, owner.kwargs)
+        return block_forward.forward(owner.block, hidden, owner.kwargs)
 
 
 class Passes:
@@ -53,10 +53,10 @@ class Passes:
     def __init__(
         self,
         block: nn.Module,
-        states: capture.States,
+        states: block_forward.States,
         kwargs: dict[str, Any],
         stops: Sequence[str],
-        batch: capture.MicroBatch,
+        batch: block_forward.MicroBatch,
         room: float,
         before: Mapping[int, str | None] | None = None,
     ) -> None:
@@ -151,9 +151,9 @@ class Passes:
 
     @torch.no_grad()
     def advance(self, name: str) -> None:
-        """Replaces the states by what the block makes of them. Errors: as `capture.replay`."""
+        """Replaces the states by what the block makes of them. Errors: as `block_forward.replay`."""
         self.keep_only(pieces(len(self.states), self.batch.windows))
-        capture.replay(
+        block_forward.replay(
             self.block, name, self.states, self.kwargs, self.batch, run=self._result, spare=self.drop
         )
 
@@ -209,10 +209,10 @@ def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, 
 def room(device: torch.device, limit: float | None, widest: int, largest: int) -> float:
     """Bytes that halted passes may hold beside what solving takes.
 
-    `limit` as for `capture.free_memory`; widest: input channels; largest: weights that are rounded together.
+    `limit` as for `block_forward.free_memory`; widest: input channels; largest: weights that are rounded together.
     """
     if device.type == "cuda":
         # The second moment, its factor, and itself in half precision; weights, rounded weights, errors and integers.
         solving = 4 * (2.5 * widest**2 + 6 * largest)
-        return SHARE * max(0.0, capture.free_memory(device, limit) - solving)
-    return transfer.available() / 4
+        return SHARE * max(0.0, block_forward.free_memory(device, limit) - solving)
+    return pinned_copies.available() / 4

@@ -12,24 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quantize.blockwise import tune
-from llm_quantize.blockwise.contents import copy_outside, pass_through, settle_others, write_linear
-from llm_quantize.blockwise.follow import Follower
-from llm_quantize.blockwise.job import Run
+from llm_quantize.blockwise import tuning
+from llm_quantize.blockwise.block_solution import (
+    STACK,
+    BlockChanges,
+    LayerReport,
+    Moments,
+    Solved,
+    solve_block,
+)
+from llm_quantize.blockwise.export import copy_outside, pass_through, settle_others, write_linear
+from llm_quantize.blockwise.reference import Follower
 from llm_quantize.blockwise.resume import KeptStates
-from llm_quantize.blockwise.solve import STACK, BlockChanges, LayerReport, Moments, Solved, solve_block
-from llm_quantize.calibration.calibration import Windows
-from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.blockwise.run_context import Run
+from llm_quantize.calibration.windows import Windows
+from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.console import Blocks
 from llm_quantize.errors import WorkError
-from llm_quantize.evaluation.evaluate import QuantizedSource
-from llm_quantize.kernels.lanes import Lanes
-from llm_quantize.model import capture, passes
-from llm_quantize.model.capture import linear_at
-from llm_quantize.model.folds import Fold, exact_folds, find_folds, unknown
-from llm_quantize.model.passes import Passes, walk
+from llm_quantize.evaluation.perplexity import QuantizedSource
+from llm_quantize.kernels.streams import Lanes
+from llm_quantize.model import block_forward, suspended_forward
+from llm_quantize.model.awq_mappings import Fold, exact_folds, find_folds, unknown
+from llm_quantize.model.block_forward import linear_at
 from llm_quantize.model.source import Source
-from llm_quantize.solver.moments import SecondMoment
+from llm_quantize.model.suspended_forward import Passes, walk
+from llm_quantize.solver.hessian import SecondMoment
 
 # Matrices that a linear's solution holds at most: of the second moment's size beside it, and of the weight's.
 FACTOR, ROUNDING = 2, 8
@@ -47,7 +54,7 @@ class Course:
     tuned where the effort has it and there is room; these may change.
     """
 
-    batch: capture.MicroBatch
+    batch: block_forward.MicroBatch
     home: torch.device
     in_order: bool
     side_by_side: bool = True
@@ -73,8 +80,8 @@ def quantize_blocks(
                 followed = run.options.effort.followed(*windows.tokens.shape)
                 loading = partial(run.stage, "load")
                 tokens, home = windows.tokens, course.home
-                states, calls = capture.embed(source, tokens, home, device, run.compute, loading)
-                reference = capture.copied(states, followed) if followed else None
+                states, calls = block_forward.embed(source, tokens, home, device, run.compute, loading)
+                reference = block_forward.copied(states, followed) if followed else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
             if done < len(source.blocks):
@@ -119,8 +126,8 @@ def _block(
     run: Run,
     index: int,
     writer: CheckpointWriter,
-    states: capture.States,
-    reference: capture.States | None,
+    states: block_forward.States,
+    reference: block_forward.States | None,
     kwargs: dict[str, Any],
     course: Course,
     progress: Blocks,
@@ -136,12 +143,12 @@ def _block(
     with run.stage("load"):
         source.load(block, name, run.device, run.compute)
         source.ahead(index + 1, run.device)
-    groups = capture.distinct_inputs(block, states, kwargs)
+    groups = block_forward.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
     stops = [paths[0] for paths in groups]
     widest = max(linear_at(block, path).in_features for path in stops)
     largest = max(sum(linear_at(block, path).weight.numel() for path in paths) for paths in groups)
-    room = passes.room(run.device, run.config.max_memory, widest, min(largest, STACK))
+    room = suspended_forward.room(run.device, run.config.max_memory, widest, min(largest, STACK))
     follower = None
     if reference is not None:
         within = partial(run.stage, "capture")
@@ -193,7 +200,7 @@ def _tuned(
     index: int,
     solved: list[Solved],
     follower: Follower,
-    states: capture.States,
+    states: block_forward.States,
     kwargs: dict[str, Any],
     course: Course,
     progress: Blocks,
@@ -203,13 +210,13 @@ def _tuned(
     block, name = run.source.modules[index], run.source.blocks[index]
     follower.drop()
     heads = int(getattr(run.source.config.get_text_config(), "num_attention_heads", 1))
-    needed = tune.memory(solved, states.length, heads)
+    needed = tuning.memory(solved, states.length, heads)
     if _fits(run, needed):
         progress.step("tune")
         with run.stage("tune"), suppress(torch.cuda.OutOfMemoryError):
-            windows = tune.windows_used(run.options.effort.tune, states.length)
+            windows = tuning.windows_used(run.options.effort.tune, states.length)
             goal = follower.goal(name, windows)
-            return tune.tune_block(block, solved, run.options, states, goal, kwargs)
+            return tuning.tune_block(block, solved, run.options, states, goal, kwargs)
     course.tuned = False
     run.console.warn(
         f"{name}: tuning takes about {needed / 2**30:.1f} GiB of {run.device}, which are not there: it is rounded "
@@ -219,11 +226,11 @@ def _tuned(
 
 
 def _fits(run: Run, needed: int) -> bool:
-    return run.device.type != "cuda" or needed < capture.free_memory(run.device, run.config.max_memory)
+    return run.device.type != "cuda" or needed < block_forward.free_memory(run.device, run.config.max_memory)
 
 
 def _relieve(
-    run: Run, name: str, streams: list[capture.States], batch: capture.MicroBatch, told: str
+    run: Run, name: str, streams: list[block_forward.States], batch: block_forward.MicroBatch, told: str
 ) -> None:
     """After memory ran out in a block: gives up what can be done without, for another attempt.
 
@@ -247,10 +254,10 @@ def _catch_up(
     run: Run,
     writer: CheckpointWriter,
     kept: KeptStates,
-    states: capture.States,
-    reference: capture.States | None,
-    calls: capture.Calls,
-    batch: capture.MicroBatch,
+    states: block_forward.States,
+    reference: block_forward.States | None,
+    calls: block_forward.Calls,
+    batch: block_forward.MicroBatch,
 ) -> None:
     """Brings the states to where the first block that is not done takes them, through those in the files; and the
     source's own, where they are followed, through the source's blocks.
@@ -263,7 +270,7 @@ def _catch_up(
             batch.windows = writer.steps[index]["windows"]
             name, block = run.source.blocks[index], run.source.modules[index]
             run.source.load(block, name, run.device, run.compute)
-            capture.replay(block, name, reference, calls.kwargs[index], batch)
+            block_forward.replay(block, name, reference, calls.kwargs[index], batch)
             run.source.release(block)
     start = kept.restore(states, done)
     if start < done:
@@ -272,7 +279,7 @@ def _catch_up(
             batch.windows = writer.steps[index]["windows"]
             name, block = run.source.blocks[index], quantized.modules[index]
             quantized.load(block, name, run.device, run.compute)
-            capture.replay(block, name, states, calls.kwargs[index], batch)
+            block_forward.replay(block, name, states, calls.kwargs[index], batch)
             quantized.release(block)
     batch.windows = writer.steps[-1]["windows"]
 
@@ -286,7 +293,7 @@ def states_home(run: Run, tokens: Tensor) -> torch.device:
     windows, length = tokens.shape
     followed = run.options.effort.followed(windows, length)
     needed = (windows + followed) * length * width * run.compute.itemsize
-    free = capture.free_memory(run.device, run.config.max_memory)
+    free = block_forward.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
 
@@ -297,11 +304,13 @@ def _all_reached(source: Source, index: int, groups: list[list[str]]) -> None:
         raise WorkError(f"{missed[0]} is never used in the forward pass: this architecture is not supported")
 
 
-def _folds(run: Run, index: int, states: capture.States, kwargs: dict[str, Any]) -> list[Fold]:
+def _folds(run: Run, index: int, states: block_forward.States, kwargs: dict[str, Any]) -> list[Fold]:
     """The folds of block `index` that hold for what it computes. Errors: `InputError` where the first has none."""
     block = run.source.modules[index]
     named = find_folds(block, run.source.config)
-    folds = exact_folds(block, named, states.get(0, 1), lambda hidden: capture.forward(block, hidden, kwargs))
+    folds = exact_folds(
+        block, named, states.get(0, 1), lambda hidden: block_forward.forward(block, hidden, kwargs)
+    )
     if index == 0 and not folds:
         raise unknown(block)
     if index == 0 and len(folds) < len(named):
@@ -314,14 +323,14 @@ def _at_once(
     run: Run,
     block: torch.nn.Module,
     name: str,
-    states: capture.States,
+    states: block_forward.States,
     kwargs: dict[str, Any],
     groups: list[list[str]],
-    batch: capture.MicroBatch,
+    batch: block_forward.MicroBatch,
 ) -> dict[int, Tensor | None]:
     """The moments of all groups' inputs by their numbers, from one pass through the block as it is."""
     sums = [SecondMoment(linear_at(block, paths[0]).in_features, run.device) for paths in groups]
-    capture.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
+    block_forward.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
     return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
 
 
@@ -335,7 +344,7 @@ def _lanes(run: Run, block: torch.nn.Module, groups: list[list[str]]) -> Lanes |
         needed += 4 * (
             FACTOR * width**2 + ROUNDING * width * sum(linear_at(block, p).out_features for p in paths)
         )
-    free = capture.free_memory(run.device, run.config.max_memory)
+    free = block_forward.free_memory(run.device, run.config.max_memory)
     return Lanes.on(run.device, len(groups)) if 2 * needed < free else None
 
 

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_quantize.backends.libraries import Library
+from llm_quantize.backends.registry import Library
 from llm_quantize.backends.scripts.child import Job as Job  # pipeline.py and the tests take it from here
 from llm_quantize.console import Blocks, Console
 from llm_quantize.errors import InputError, WorkError, one_line

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels import dense
-from llm_quantize.kernels.columns import COLUMNS, TOGETHER, takes_several
-from llm_quantize.kernels.descent import Descent, are_even, descend_columns, descend_pieces
+from llm_quantize.kernels import cholesky
+from llm_quantize.kernels.coordinate_descent import Descent, are_even, descend_columns, descend_pieces
+from llm_quantize.kernels.gptq_columns import Rounding, compensate_columns
+from llm_quantize.kernels.permutation import permute, transposed, transposed_back, turn_
 from llm_quantize.kernels.precision import halved, halved_error, power_of_two, tensor_cores
-from llm_quantize.kernels.reorder import permute, transposed, transposed_back, turn_
-from llm_quantize.kernels.rounding import Rounding, compensate_columns
-from llm_quantize.solver.grid import Grid, GridSpec, dequantize
+from llm_quantize.kernels.tiling import COLUMNS, TOGETHER, takes_several
+from llm_quantize.solver.qparams import Grid, GridSpec, dequantize
 
 OUTLIER = 10.0  # times the median of the diagonal
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
@@ -132,11 +132,11 @@ def aim(W: Tensor, missed: Tensor, factor: Factor) -> Tensor:
     C = missed[:, factor.order]
     spans = list(factor.spans())
     for span, R in reversed(spans):
-        dense.product_(C[:, span], C[:, span.stop :], factor.U[span, span.stop :].T, alpha=-1.0)
-        C[:, span] = dense.product(C[:, span], R.T)
+        cholesky.product_(C[:, span], C[:, span.stop :], factor.U[span, span.stop :].T, alpha=-1.0)
+        C[:, span] = cholesky.product(C[:, span], R.T)
     for span, R in spans:
-        dense.product_(C[:, span], C[:, : span.start], factor.U[: span.start, span], alpha=-1.0)
-        C[:, span] = dense.product(C[:, span], R)
+        cholesky.product_(C[:, span], C[:, : span.start], factor.U[: span.start, span], alpha=-1.0)
+        C[:, span] = cholesky.product(C[:, span], R)
     correction = torch.empty_like(C)
     correction[:, factor.order] = C
     return correction.add_(W)
@@ -159,7 +159,7 @@ def _factor(
     A = torch.empty(width, width, dtype=dtype, device=H.device)
     reversed_norms = norms[reverse]
     permute(H, reverse, 1 / reversed_norms, A)
-    failed, inverses = dense.cholesky_(A)
+    failed, inverses = cholesky.cholesky_(A)
     if not A.is_cuda and bool(failed):  # known already: the rest would be for nothing
         return A, inverses, failed
     diagonals = torch.cat([A.diagonal(), *(inverse.diagonal() for inverse in inverses)])
@@ -192,7 +192,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     first = len(factor.inverses[0])
     told = torch.empty(width - first, out, device=W.device)  # what the columns after the first span are told
     unit = None
-    if dense.takes_halves(W):
+    if cholesky.takes_halves(W):
         largest = factor.norms.new_zeros(len(scale)).scatter_reduce_(0, group, factor.norms, "amax")
         unit = _unit(scale * largest[:, None], spec.levels)
     for span, R in factor.spans():
@@ -212,7 +212,7 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
             else:
                 by = factor.norms[span]
                 lost_half = halved(lost[span], by, unit, minus=work)
-                dense.halves_(later, halved(rest, 1 / by).T, lost_half, beta=again)
+                cholesky.halves_(later, halved(rest, 1 / by).T, lost_half, beta=again)
     return transposed_back(q, order)
 
 
@@ -251,8 +251,8 @@ def descend(
     # rows keeps its bits. The gradient's rows are too, and all errors are in units of their own.
     coupled, units = H, None
     multiply_: Callable[..., object] = Tensor.addmm_
-    if dense.takes_halves(W):
-        by, unit, multiply_ = norms(H), _unit(scale, spec.levels), dense.halves_
+    if cholesky.takes_halves(W):
+        by, unit, multiply_ = norms(H), _unit(scale, spec.levels), cholesky.halves_
         most = by.amax(0, keepdim=True) / HEADROOM
         coupled, units = halved(H, 1 / (by * most)), (by * most, unit)
         error = halved_error(W, q, grid.scale, grid.zero, size, unit)

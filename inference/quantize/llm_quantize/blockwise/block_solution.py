@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.follow import Drift, Follower
-from llm_quantize.kernels.lanes import Lanes, Mark
-from llm_quantize.model.capture import linear_at
-from llm_quantize.model.folds import Fold, apply_fold, sources
-from llm_quantize.solver.awq_search import ChannelScales, choose_scales, scale_
-from llm_quantize.solver.gptq_solver import (
+from llm_quantize.blockwise.reference import Drift, Follower
+from llm_quantize.kernels.streams import Lanes, Mark
+from llm_quantize.model.awq_mappings import Fold, apply_fold, sources
+from llm_quantize.model.block_forward import linear_at
+from llm_quantize.solver.awq_scales import ChannelScales, choose_scales, scale_
+from llm_quantize.solver.gptq import (
     Factor,
     Factorization,
     NotFactorizable,
@@ -30,7 +30,7 @@ from llm_quantize.solver.gptq_solver import (
     output_forms,
     relative,
 )
-from llm_quantize.solver.grid import (
+from llm_quantize.solver.qparams import (
     Grid,
     GridSpec,
     SearchEffort,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.group_search import NEIGHBOURS, can_search, search_groups
 from llm_quantize.kernels.precision import dequantized, representable
+from llm_quantize.kernels.scale_search import NEIGHBOURS, can_search, search_groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from llm_quantize.calibration.calibration import load_windows, longest_window
-from llm_quantize.checkpoint.saved import Saved, dequantized
+from llm_quantize.calibration.windows import load_windows, longest_window
+from llm_quantize.checkpoint.reader import Saved, dequantized
 from llm_quantize.config import EMBEDDED_HELDOUT, CalibrationConfig, QuantizeConfig
 from llm_quantize.console import Console
 from llm_quantize.errors import InputError, WorkError, one_line
 from llm_quantize.io.hub import resolve_model
-from llm_quantize.model import capture
+from llm_quantize.model import block_forward
 from llm_quantize.model.source import HEAD_NAMES, Source
 
 EVAL_SEQ_LEN = 512
@@ -107,14 +107,14 @@ def measure(
         model.ahead(0, device)
     home = _home(source, tokens, device, dtype)
     widest = max(max(linear.in_features, linear.out_features) for linear in source.linears(0))
-    entered = [capture.embed(model, tokens, home, device, dtype) for model in models]
-    batch = capture.MicroBatch(device, tokens.shape[1], widest)
+    entered = [block_forward.embed(model, tokens, home, device, dtype) for model in models]
+    batch = block_forward.MicroBatch(device, tokens.shape[1], widest)
     for index, name in enumerate(source.blocks):
         for model, (states, calls) in zip(models, entered, strict=True):
             block = model.modules[index]
             model.load(block, name, device, dtype)
             model.ahead(index + 1, device)
-            capture.replay(block, name, states, calls.kwargs[index], batch)
+            block_forward.replay(block, name, states, calls.kwargs[index], batch)
             model.release(block)
         if on_block is not None:
             on_block(index)
@@ -140,7 +140,7 @@ def _home(source: Source, tokens: Tensor, device: torch.device, dtype: torch.dty
 
 def _compare(
     models: list[Source],
-    states: list[capture.States],
+    states: list[block_forward.States],
     tokens: Tensor,
     device: torch.device,
     dtype: torch.dtype,
@@ -153,7 +153,10 @@ def _compare(
     # Whole windows where they fit, else pieces of one: never longer than a window, which models may not take.
     step, piece = max(1, chunk // predicted), min(chunk, predicted)
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    with capture.head(models[0], device, dtype) as first, capture.head(models[1], device, dtype) as second:
+    with (
+        block_forward.head(models[0], device, dtype) as first,
+        block_forward.head(models[1], device, dtype) as second,
+    ):
         for start in range(0, windows, step):
             stop = min(start + step, windows)
             hidden = [each.get(start, stop) for each in states]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.model import capture
-from llm_quantize.model.passes import Passes, walk
-from llm_quantize.solver.moments import CrossMoment, SecondMoment
+from llm_quantize.model import block_forward
+from llm_quantize.model.suspended_forward import Passes, walk
+from llm_quantize.solver.hessian import CrossMoment, SecondMoment
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +47,18 @@ class Follower:
     def __init__(
         self,
         block: nn.Module,
-        reference: capture.States,
-        states: capture.States,
+        reference: block_forward.States,
+        states: block_forward.States,
         kwargs: dict[str, Any],
         groups: list[list[str]],
-        batch: capture.MicroBatch,
+        batch: block_forward.MicroBatch,
         room: float,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.within = within
         self.twin = copy.deepcopy(block)
         self.device = states.device
-        self.writers = capture.residual_writers(block, states, kwargs)
+        self.writers = block_forward.residual_writers(block, states, kwargs)
         stops = [paths[0] for paths in groups]
         before = {
             index: self.writers[paths[0]]
@@ -85,10 +85,10 @@ class Follower:
         self._near.drop()
         self._far.drop()
 
-    def goal(self, name: str, windows: int) -> capture.States:
+    def goal(self, name: str, windows: int) -> block_forward.States:
         """What the source's block gives for the first windows. Errors: as `advance`."""
-        made = capture.copied(self._far.states, min(windows, len(self._far.states)))
-        capture.replay(self.twin, name, made, self._far.kwargs, self._far.batch, spare=self._far.drop)
+        made = block_forward.copied(self._far.states, min(windows, len(self._far.states)))
+        block_forward.replay(self.twin, name, made, self._far.kwargs, self._far.batch, spare=self._far.drop)
         return made
 
     def advance(self, name: str) -> None:
@@ -98,7 +98,7 @@ class Follower:
 
     def weight(self, path: str) -> Tensor:
         """The source's weight of a linear, float32 (out, in)."""
-        return capture.linear_at(self.twin, path).weight.detach().float()
+        return block_forward.linear_at(self.twin, path).weight.detach().float()
 
     def drift(self, index: int, channels: Tensor | None) -> Drift | None:
         """The drift of group `index`, whose predecessors in the block are quantized; None where it is not finite.
@@ -109,7 +109,7 @@ class Follower:
             return self._drift(index, channels)
 
     def _drift(self, index: int, channels: Tensor | None) -> Drift | None:
-        first = capture.linear_at(self.twin, self._groups[index][0])
+        first = block_forward.linear_at(self.twin, self._groups[index][0])
         H = SecondMoment(first.in_features, self.device)
         inputs = CrossMoment(first.in_features, first.in_features, self.device)
         stream = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.launching import jit, launch, on_triton, tl, triton
+from llm_quantize.kernels.launcher import jit, launch, on_triton, tl, triton
 
 STRIP = 1024  # rows of a large matrix that are moved at a time, where no kernel does
 

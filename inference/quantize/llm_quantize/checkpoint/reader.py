@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_quantize.errors import InputError, WorkError, one_line
-from llm_quantize.io.transfer import Incoming
+from llm_quantize.io.pinned_copies import Incoming
 from llm_quantize.model.source import read_json, tensor_files
 
 # What a linear's packed integers are called after its name.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llm_quantize.calibration import corpus
+from llm_quantize.calibration import text_sources
 from llm_quantize.config import CalibrationConfig
 from llm_quantize.errors import InputError, is_failure, one_line
 
@@ -59,7 +59,7 @@ def check_source(config: CalibrationConfig) -> None:
         raise InputError(f"--calib_samples {config.samples}: at least 1 is needed")
     if config.seq_len < 2:
         raise InputError(f"--calib_seq_len {config.seq_len}: at least 2 is needed")
-    corpus.locate(config.data)
+    text_sources.locate(config.data)
 
 
 def longest_window(tokenizer: Any, max_position_embeddings: int | None = None) -> int | None:
@@ -80,9 +80,9 @@ def load_windows(config: CalibrationConfig, tokenizer: Any, *, log: Callable[[st
     without a chat template, less text than one window.
     """
     check_source(config)
-    source = corpus.locate(config.data)
-    table = corpus.open_table(source, seed=config.seed)
-    asked = config.column or (source.column if isinstance(source, corpus.HubData) else None)
+    source = text_sources.locate(config.data)
+    table = text_sources.open_table(source, seed=config.seed)
+    asked = config.column or (source.column if isinstance(source, text_sources.HubData) else None)
     column = table.column(asked)
     where = table.where if table.columns == ("text",) else f"{table.where}, column {column}"
 
@@ -92,7 +92,7 @@ def load_windows(config: CalibrationConfig, tokenizer: Any, *, log: Callable[[st
     needed = config.samples * body
     budget = POOL * CHARS_PER_TOKEN * needed
     while True:
-        with corpus.reading(source):
+        with text_sources.reading(source):
             items = text.items(
                 table.documents(column), PIECE * CHARS_PER_TOKEN * config.seq_len, single=table.single
             )

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llm_quantize.kernels.permutation import divide_
 from llm_quantize.kernels.precision import power_of_two, tensor_cores
-from llm_quantize.kernels.reorder import divide_
-from llm_quantize.solver.gptq_solver import Factor, compensate
-from llm_quantize.solver.grid import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
+from llm_quantize.solver.gptq import Factor, compensate
+from llm_quantize.solver.qparams import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 ROWS = 128  # rows of the weights that candidates are judged on

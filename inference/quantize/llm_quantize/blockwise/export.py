@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quantize.blockwise.job import Run
-from llm_quantize.blockwise.solve import BlockChanges, Solved
-from llm_quantize.checkpoint.checkpoint import CheckpointWriter
+from llm_quantize.blockwise.block_solution import BlockChanges, Solved
+from llm_quantize.blockwise.run_context import Run
+from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.errors import FinalError
-from llm_quantize.evaluation import card
+from llm_quantize.evaluation import model_card
 from llm_quantize.formats import packing
-from llm_quantize.io.shards import Planned
+from llm_quantize.io.safetensors_files import Planned
 from llm_quantize.model.source import Source
 
-OWN = ("config.json", "quantize_config.json", *card.OWN)  # written anew, whatever the source has of that name
+OWN = (
+    "config.json",
+    "quantize_config.json",
+    *model_card.OWN,
+)  # written anew, whatever the source has of that name
 
 
 def plan(run: Run) -> list[Planned]:

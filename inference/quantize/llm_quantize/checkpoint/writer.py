@@ -22,11 +22,11 @@ from torch import Tensor
 
 from llm_quantize.errors import WorkError
 from llm_quantize.formats.packing import SUFFIXES, unpack
-from llm_quantize.io import shards
+from llm_quantize.io import safetensors_files
+from llm_quantize.io.atomic_directory import GIB, Staging, as_json, failure, sync
 from llm_quantize.io.journal import Journal
-from llm_quantize.io.publish import GIB, Staging, as_json, failure, sync
-from llm_quantize.io.shards import Planned
-from llm_quantize.io.transfer import Outgoing
+from llm_quantize.io.pinned_copies import Outgoing
+from llm_quantize.io.safetensors_files import Planned
 
 _WAITING = 512 << 20  # bytes that may wait for the thread
 _READERS = 4  # threads that compare what is read back
@@ -44,7 +44,7 @@ def _lies_ready(tensor: Tensor) -> bool:
 def digest(host: Tensor) -> str:
     """A 128-bit hash, in hex, of dtype, shape and bytes of a contiguous tensor in host memory."""
     hasher = xxhash.xxh3_128(f"{host.dtype} {tuple(host.shape)}".encode())
-    hasher.update(shards.raw(host))
+    hasher.update(safetensors_files.raw(host))
     return hasher.hexdigest()
 
 
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._first = first
         self._keep = keep
         self._plan = {tensor.name: tensor for tensor in tensors}
-        self._shards = shards.plan(tensors, shard_bytes)
+        self._shards = safetensors_files.plan(tensors, shard_bytes)
         self._handles: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}  # descriptor and offset of each tensor
         self._journal = Journal(staging.work / "journal")
@@ -116,7 +116,7 @@ class CheckpointWriter:
         done = self._intact()
         if done == 0:
             self._staging.clear()
-            self._handles = [shards.create(shard, self.directory) for shard in self._shards]
+            self._handles = [safetensors_files.create(shard, self.directory) for shard in self._shards]
             self._write_index()
             for path in (*self.directory.iterdir(), self.directory):
                 sync(path)
@@ -237,7 +237,7 @@ class CheckpointWriter:
 
     def _write(self, name: str, host: Tensor) -> None:
         handle, offset = self._places[name]
-        shards.write_at(handle, shards.raw(host), offset)
+        safetensors_files.write_at(handle, safetensors_files.raw(host), offset)
         self._digests[name] = digest(host)
 
     def _hand_over(self, tensor: Tensor, work: Callable[[Tensor], object], fixed: bool = False) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from llm_quantize.backends import backend, libraries
-from llm_quantize.blockwise.solve import LayerReport, SolveOptions, effort
-from llm_quantize.calibration.calibration import longest_window
+from llm_quantize.backends import registry, session
+from llm_quantize.blockwise.block_solution import LayerReport, SolveOptions, effort
+from llm_quantize.calibration.windows import longest_window
 from llm_quantize.config import EMBEDDED_MODEL, QuantizeConfig
 from llm_quantize.console import Console
 from llm_quantize.errors import InputError
-from llm_quantize.evaluation.evaluate import pick_device
+from llm_quantize.evaluation.perplexity import pick_device
 from llm_quantize.formats import packing
+from llm_quantize.io.atomic_directory import check_target
 from llm_quantize.io.hub import resolve_model
-from llm_quantize.io.publish import check_target
-from llm_quantize.model.folds import find_folds
+from llm_quantize.model.awq_mappings import find_folds
 from llm_quantize.model.source import Scratch, Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
@@ -43,8 +43,8 @@ class Run:
     scratch: Scratch | None  # a converted copy of pickled weights
     stages: dict[str, float] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
-    library: backend.Session | None = None  # None: this program does the work
-    outcome: backend.Outcome | None = None  # of the library's work
+    library: session.Session | None = None  # None: this program does the work
+    outcome: session.Outcome | None = None  # of the library's work
     _inside: float | None = None  # seconds of the stages inside the one that runs; None where none does
 
     @property
@@ -123,7 +123,7 @@ def prepare(
                 layout, config.bits, config.group_size, linear.name, linear.out_features, linear.in_features
             )
             parameters += linear.out_features * linear.in_features
-    if config.backend != libraries.NATIVE:
+    if config.backend != registry.NATIVE:
         _check_library(config, source, console)
     elif config.method == "awq":
         find_folds(source.modules[0], source.config)  # refuses an unknown architecture now
@@ -174,9 +174,9 @@ def solve_options(config: QuantizeConfig, dtype: torch.dtype) -> SolveOptions:
 
 
 def _check_library(config: QuantizeConfig, source: Source, console: Console) -> None:
-    library = libraries.LIBRARIES[config.backend]
+    library = registry.LIBRARIES[config.backend]
     widths = {linear.name: linear.out_features for linear in source.linears(0)}
-    libraries.check_model(config.backend, source.config.model_type, widths)
+    registry.check_model(config.backend, source.config.model_type, widths)
     if library.float16 and source.dtype != torch.float16:
         name = str(source.dtype).removeprefix("torch.")
         console.warn(f"{library.title} works in float16: weights in {name} are converted, and may overflow")

@@ -17,16 +17,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from llm_quantize.blockwise.solve import AWQ_EFFORT, SolveOptions
-from llm_quantize.kernels import dense
-from llm_quantize.kernels.columns import FEW
-from llm_quantize.kernels.launching import compile_together
-from llm_quantize.solver.awq_search import choose_scales, scale_
-from llm_quantize.solver.gptq_solver import Factor, Factorization, compensate, descend, factorize
-from llm_quantize.solver.grid import GridSpec, metric_blocks, search_grid
+from llm_quantize.blockwise.block_solution import AWQ_EFFORT, SolveOptions
+from llm_quantize.kernels import cholesky
+from llm_quantize.kernels.launcher import compile_together
+from llm_quantize.kernels.tiling import FEW
+from llm_quantize.solver.awq_scales import choose_scales, scale_
+from llm_quantize.solver.gptq import Factor, Factorization, compensate, descend, factorize
+from llm_quantize.solver.qparams import GridSpec, metric_blocks, search_grid
 
 # Of the weights: others use the same kernels as these.
-ROWS, COLUMNS = (FEW, FEW + 2048), dense.WHOLE + dense.PANEL
+ROWS, COLUMNS = (FEW, FEW + 2048), cholesky.WHOLE + cholesky.PANEL
 
 
 @torch.no_grad()
@@ -71,7 +71,9 @@ def _solve(
 
 def _identity(width: int, device: torch.device) -> Factor:
     """A factor laid out as `factorize` does it."""
-    blocks = [torch.eye(min(dense.PANEL, width - a), device=device) for a in range(0, width, dense.PANEL)]
+    blocks = [
+        torch.eye(min(cholesky.PANEL, width - a), device=device) for a in range(0, width, cholesky.PANEL)
+    ]
     order = torch.arange(width, device=device)
     return Factor(torch.eye(width, device=device), blocks, order, torch.ones(width, device=device), 0.0)
 

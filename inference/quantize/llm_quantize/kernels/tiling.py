@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.launching import jit, on_triton, tl, triton, triton_since
+from llm_quantize.kernels.launcher import jit, on_triton, tl, triton, triton_since
 from llm_quantize.kernels.precision import to_tf32
 
 COLUMNS = 128  # of a piece, at most: what a tile holds

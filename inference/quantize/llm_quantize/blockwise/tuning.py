@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from llm_quantize.blockwise.solve import Solved, SolveOptions
+from llm_quantize.blockwise.block_solution import Solved, SolveOptions
 from llm_quantize.kernels.precision import representable
-from llm_quantize.model import capture
-from llm_quantize.solver.grid import Grid, GridSpec, dequantize
+from llm_quantize.model import block_forward
+from llm_quantize.solver.qparams import Grid, GridSpec, dequantize
 
 TOKENS = 2048  # of one step
 EPOCHS = 6  # at most so many times the same windows: more fits them and not the text
@@ -57,8 +57,8 @@ def tune_block(
     block: nn.Module,
     solved: list[Solved],
     options: SolveOptions,
-    states: capture.States,
-    goal: capture.States,
+    states: block_forward.States,
+    goal: block_forward.States,
     kwargs: dict[str, Any],
 ) -> list[Solved]:
     """The linears of a block, which holds them, with other integers and scales; they are in the block at the end.
@@ -153,14 +153,14 @@ class _Run:
 
 
 class _Replaced(nn.Module):
-    """A block as `capture.forward` calls it."""
+    """A block as `block_forward.forward` calls it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return capture.forward(self.block, hidden, kwargs)
+        return block_forward.forward(self.block, hidden, kwargs)
 
 
 class _Linear:
@@ -194,7 +194,7 @@ class _Linear:
         grid = Grid(representable(self._scale * self.factor, self._spec.scale_dtypes), self._zero)
         q = _steps(self.u, self._zero, levels) + self._zero.unsqueeze(2)
         integers = q.flatten(1).to(torch.uint8)
-        weight = capture.linear_at(block, self.path).weight
+        weight = block_forward.linear_at(block, self.path).weight
         weight.copy_(self._back(dequantize(integers, grid, size)).to(weight.dtype))
         return replace(self._solved, q=self._back(integers).contiguous(), grid=grid)
 

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quantize.backends import libraries
-from llm_quantize.blockwise.solve import LayerReport
-from llm_quantize.calibration.calibration import Windows
+from llm_quantize.backends import registry
+from llm_quantize.blockwise.block_solution import LayerReport
+from llm_quantize.calibration.windows import Windows
 from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_NAME, VERSION, QuantizeConfig
-from llm_quantize.evaluation.evaluate import Measured
+from llm_quantize.evaluation.perplexity import Measured
 
 CARD = "README.md"
 BASE_CARD = "BASE_README.md"
@@ -117,7 +117,7 @@ def command(config: QuantizeConfig) -> str:
         for name in ("desc_act", "act_order_groups", "damp_percent", "sym"):
             option(name, getattr(config, name))
     option("format", config.layout)  # as given: asking for gptq by name also stores a tied head twice
-    if config.backend == libraries.NATIVE:
+    if config.backend == registry.NATIVE:
         option("quality", config.quality)
     else:
         option("backend", config.backend)
@@ -204,7 +204,7 @@ def _versions(facts: Facts) -> dict[str, str]:
 
 def _by(config: QuantizeConfig) -> str | None:
     """The library that did the work, with its version."""
-    return None if config.backend == libraries.NATIVE else libraries.LIBRARIES[config.backend].title
+    return None if config.backend == registry.NATIVE else registry.LIBRARIES[config.backend].title
 
 
 def _warnings(facts: Facts) -> Iterator[str]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.columns import SUB, add_product, nearest, padded, rows_of_tile, take_part, take_row
-from llm_quantize.kernels.launching import jit, launch, need_contiguous_rows, on_triton, tl, triton
+from llm_quantize.kernels.launcher import jit, launch, need_contiguous_rows, on_triton, tl, triton
 from llm_quantize.kernels.precision import HALF_MAX, casts, representable, to_half, to_representable
+from llm_quantize.kernels.tiling import SUB, add_product, nearest, padded, rows_of_tile, take_part, take_row
 
 
 @dataclass(frozen=True, slots=True)

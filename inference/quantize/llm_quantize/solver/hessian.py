@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm_quantize.kernels.dense import halves_, takes_halves
+from llm_quantize.kernels.cholesky import halves_, takes_halves
 
 BLOCKS = 8  # block rows of a wide H at least: 36 of 64 blocks are computed
 BLOCK = 1024  # rows of a block at most: the wider H is, the smaller is the part computed in vain

@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.lanes import Beside
 from llm_quantize.kernels.precision import split, split_fourfold, tensor_cores
+from llm_quantize.kernels.streams import Beside
 
 PANEL = 1024  # columns of a triangle on the diagonal, which the library's Cholesky takes
 WIDE = 4096  # columns that are told of a panel at a time

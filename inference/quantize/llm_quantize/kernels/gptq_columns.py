@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm_quantize.kernels.columns import COLUMNS, SUB, nearest, padded, rows_of_tile, take_part, take_row
-from llm_quantize.kernels.launching import jit, launch, need_contiguous_rows, on_triton, tl, triton
+from llm_quantize.kernels.launcher import jit, launch, need_contiguous_rows, on_triton, tl, triton
+from llm_quantize.kernels.tiling import COLUMNS, SUB, nearest, padded, rows_of_tile, take_part, take_row
 
 
 @dataclass(frozen=True, slots=True)
