@@ -29,11 +29,11 @@ from llm_quantize.kernels.permutation import permute
 from llm_quantize.kernels.precision import tensor_cores
 from llm_quantize.kernels.tiling import COLUMNS
 from llm_quantize.solver import awq_scales, gptq, qparams
-from llm_quantize.solver.hessian import SecondMoment
-from llm_quantize.solver.qparams import Grid, GridSpec
+from llm_quantize.solver.hessian import HessianAccumulator
+from llm_quantize.solver.qparams import QParams, QuantScheme
 
 HIDDEN, MLP, TOKENS = 3584, 18944, 32768
-SPEC = GridSpec(bits=4, group_size=128, symmetric=True)
+SPEC = QuantScheme(bits=4, group_size=128, symmetric=True)
 
 
 def timed(work: Callable[[], object], repeats: int = 3) -> float:
@@ -118,19 +118,19 @@ PANELS = (512, 1024, 2048)
 def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     """Times everything for W (out, width)."""
     label = f"{out} x {width}"
-    moment = SecondMoment(width, "cuda")
-    seconds = timed(partial(moment.add, inputs(width, TOKENS)), 2)
+    hessian = HessianAccumulator(width, "cuda")
+    seconds = timed(partial(hessian.add, inputs(width, TOKENS)), 2)
     row(f"second moment, {TOKENS} tokens of {width}", seconds, TOKENS * width * (width + 1) / rates["half"])
-    H = moment.finish()
+    H = hessian.finish()
     gptq.condition_(H, 0.1)
     factor = factorization(H, rates)
 
     W = 0.02 * torch.randn(out, width, device="cuda")
-    M = qparams.metric_blocks(H, SPEC.group_size)
-    tries = 2 * qparams.SearchEffort().sweep + 2 * qparams.SearchEffort().refits
-    seconds = timed(lambda: qparams.search_grid(W, M, SPEC), 2)
+    M = qparams.hessian_blocks(H, SPEC.group_size)
+    tries = 2 * qparams.ScaleSearch().sweep + 2 * qparams.ScaleSearch().refits
+    seconds = timed(lambda: qparams.search_qparams(W, M, SPEC), 2)
     row(f"search {label}", seconds, 2.0 * tries * SPEC.group_size * W.numel() / rates["tf32"])
-    found = qparams.search_grid(W, M, SPEC)
+    found = qparams.search_qparams(W, M, SPEC)
 
     # The floor: the products on the tensor cores, and every weight read and written once.
     pieces = range(0, width, COLUMNS)
@@ -146,13 +146,13 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def columns_alone() -> None:
         for a in pieces:
             s = slice(a, a + COLUMNS)
-            state = Rounding(work[s], scale, zero, group[s], R, SPEC.levels, q[s], errors)
+            state = Rounding(work[s], scale, zero, group[s], R, SPEC.qmax, q[s], errors)
             compensate_columns(state, slice(0, COLUMNS))
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
     done = gptq.compensate(W, found, SPEC, factor)
 
-    def descend(sweeps: int) -> tuple[Tensor, Grid]:
+    def descend(sweeps: int) -> tuple[Tensor, QParams]:
         return gptq.descend(W, done, found, SPEC, H, sweeps=sweeps, refit=True)
 
     product = 2.0 * out * width**2 / rates["half"]  # the gradient at the start costs as much as a whole sweep
@@ -161,9 +161,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
     row("  of it one more sweep", twice - once, product + traffic)
     gradient, integers = torch.randn(width, out, device="cuda"), done.T.contiguous()
-    state = Descent(
-        gradient, scale, zero, H, SPEC.levels, integers, errors, SPEC.scale_dtypes, SPEC.group_size
-    )
+    state = Descent(gradient, scale, zero, H, SPEC.qmax, integers, errors, SPEC.scale_dtypes, SPEC.group_size)
 
     def descent_alone() -> None:
         for a in pieces:
@@ -172,18 +170,18 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     row("  of it the loops over columns", timed(descent_alone, 2), W.numel() * 10 / rates["copy"])
 
     rows = torch.arange(width, device="cuda")
-    spec = GridSpec(bits=4, group_size=128, symmetric=False)
-    effort = qparams.SearchEffort(8, 1)
+    spec = QuantScheme(bits=4, group_size=128, symmetric=False)
+    effort = qparams.ScaleSearch(8, 1)
 
     def choose() -> object:
         return awq_scales.choose_scales(W, H, factor, rows, width, spec, effort)
 
     # Compensation and one product with H for the sampled rows and each candidate.
-    floor = 3.0 * awq_scales.ROWS * len(awq_scales.EXPONENTS) * width**2 / rates["tf32"]
+    floor = 3.0 * awq_scales.ROWS * len(awq_scales.ALPHAS) * width**2 / rates["tf32"]
     row(f"AWQ's scales for {label}", timed(choose, 2), floor)
 
     descended, refitted = descend(1)
-    plain = qparams.minmax_grid(W, SPEC)
+    plain = qparams.minmax_qparams(W, SPEC)
     losses = [
         gptq.output_error(W, qparams.dequantize(integers, chosen, SPEC.group_size), H)
         for integers, chosen in (
@@ -198,7 +196,7 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     check("each step lowers the error", sorted(losses, reverse=True) == losses)
 
 
-def quadratic(W: Tensor, q: Tensor, chosen: Grid, H: Tensor) -> Tensor:
+def quadratic(W: Tensor, q: Tensor, chosen: QParams, H: Tensor) -> Tensor:
     """The squared output error of each row, float64."""
     E = (W - qparams.dequantize(q, chosen, SPEC.group_size)).double()
     return ((E @ H.double()) * E).sum(1)
@@ -216,10 +214,10 @@ def check(name: str, passed: bool) -> None:
 def check_against_float64() -> None:
     width, out = HIDDEN, 512
     x = inputs(width, 8192)
-    moment = SecondMoment(width, "cuda")
+    hessian = HessianAccumulator(width, "cuda")
     for part in torch.split(x, 1000):
-        moment.add(part)
-    H = moment.finish()
+        hessian.add(part)
+    H = hessian.finish()
     truth = x.double().T @ x.double() / x.shape[0]
     size = truth.diagonal().sqrt()
     check("second moment to 2e-5", float(((H - truth).abs() / (size[:, None] * size)).max()) < 2e-5)
@@ -238,11 +236,11 @@ def check_against_float64() -> None:
 
     R = torch.linalg.inv(U)
     W = 0.02 * torch.randn(out, width, device="cuda")
-    M = qparams.metric_blocks(H, SPEC.group_size)
-    fast = qparams.search_grid(W, M, SPEC)
+    M = qparams.hessian_blocks(H, SPEC.group_size)
+    fast = qparams.search_qparams(W, M, SPEC)
     parts = W.reshape(out, -1, SPEC.group_size).transpose(0, 1).contiguous()
-    slow = qparams._search(parts, M, SPEC, qparams.SearchEffort())
-    slow_grid = Grid(slow.scale.T, slow.zero.T)
+    slow = qparams._search(parts, M, SPEC, qparams.ScaleSearch())
+    slow_grid = QParams(slow.scale.T, slow.zero.T)
     errors = []
     for chosen in (fast, slow_grid):
         E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, SPEC), chosen, SPEC.group_size)
@@ -263,7 +261,7 @@ def check_against_float64() -> None:
     work, V = W.double().clone(), torch.empty(out, width, dtype=torch.float64, device="cuda")
     exact = torch.empty_like(q)
     for j in range(width):
-        integer = ((work[:, j] / s[:, j]).round() + z[:, j]).clamp(0, SPEC.levels)
+        integer = ((work[:, j] / s[:, j]).round() + z[:, j]).clamp(0, SPEC.qmax)
         exact[:, j], V[:, j] = integer.to(torch.uint8), (integer - z[:, j]) * s[:, j]
         work[:, j + 1 :] -= ((work[:, j] - V[:, j]) / R[j, j])[:, None] * R[j, j + 1 :]
     same = float((q == exact).float().mean())
@@ -281,9 +279,9 @@ def check_against_float64() -> None:
     worst = float((after / form).max())
     check(f"descend: no row's error grows (at most {worst:.6f} of what it was)", worst < 1 + 1e-4)
     few = slice(0, 64)
-    on_cpu = Grid(fast.scale[few].cpu(), fast.zero[few].cpu())
+    on_cpu = QParams(fast.scale[few].cpu(), fast.zero[few].cpu())
     twin, its = gptq.descend(W[few].cpu(), q[few].cpu(), on_cpu, SPEC, H.cpu(), sweeps=2, refit=True)
-    moved = Grid(its.scale.cuda(), its.zero.cuda())
+    moved = QParams(its.scale.cuda(), its.zero.cuda())
     alike = float((descended[few].cpu() == twin).float().mean())
     end = float(after[few].sum() / quadratic(W[few], twin.cuda(), moved, H).sum())
     check(f"descend: {alike:.2%} of integers as the twin, error {end:.5f} of its", abs(end - 1) < 2e-3)

@@ -57,7 +57,7 @@ def main() -> None:
     words = ["--bits", bits, "--overwrite", "--calib_samples", "64", "--eval_samples", "32", "--no_resume"]
     for name in ("float32", "as on a GPU"):
         if name != "float32":
-            cholesky.takes_halves, cholesky.halves_ = (lambda _: True), multiply_halves_
+            cholesky.has_half_products, cholesky.half_product_ = (lambda _: True), multiply_halves_
             modules: tuple[Any, ...] = (block_solution, awq_scales)
             for module in modules:
                 module.compensate = emulated(module.compensate)

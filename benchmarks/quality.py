@@ -24,16 +24,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
 from llm_quantize.blockwise import block_solution, tuning
-from llm_quantize.blockwise.block_solution import BlockChanges, Effort, SolveOptions, solve_block
-from llm_quantize.blockwise.reference import Follower
+from llm_quantize.blockwise.block_solution import BlockChanges, QualityPreset, SolveOptions, solve_block
+from llm_quantize.blockwise.reference import ReferenceBlock
 from llm_quantize.calibration.windows import load_windows
 from llm_quantize.config import CalibrationConfig
 from llm_quantize.model import block_forward
-from llm_quantize.model.awq_mappings import find_folds
+from llm_quantize.model.awq_mappings import find_mappings
 from llm_quantize.model.source import Source
-from llm_quantize.model.suspended_forward import Passes, walk
-from llm_quantize.solver.hessian import SecondMoment
-from llm_quantize.solver.qparams import Grid, GridSpec, SearchEffort, minmax_grid
+from llm_quantize.model.suspended_forward import SuspendedForwards, resume_together
+from llm_quantize.solver.hessian import HessianAccumulator
+from llm_quantize.solver.qparams import QParams, QuantScheme, ScaleSearch, minmax_qparams
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Variant:
     name: str
     awq: bool
     symmetric: bool
-    effort: Effort
+    effort: QualityPreset
     act_order: bool = True
     damping: float = 0.1
     minmax: bool = False
@@ -53,8 +53,8 @@ class Variant:
 
 
 ROOM = 8e9  # bytes of halted passes
-SEARCHED = Effort(SearchEffort(24, 2), sweeps=0, refit=False)
-DEFAULT, BEST = block_solution.EFFORTS["default"], block_solution.EFFORTS["best"]
+SEARCHED = QualityPreset(ScaleSearch(24, 2), sweeps=0, refit=False)
+DEFAULT, BEST = block_solution.QUALITY_PRESETS["default"], block_solution.QUALITY_PRESETS["best"]
 FOLLOWED = replace(DEFAULT, follow=1.0)
 
 
@@ -64,7 +64,7 @@ def variants() -> list[Variant]:
     for symmetric, word in ((True, "symmetric"), (False, "asymmetric")):
 
         def gptq(
-            name: str, effort: Effort, symmetric: bool = symmetric, word: str = word, **more: Any
+            name: str, effort: QualityPreset, symmetric: bool = symmetric, word: str = word, **more: Any
         ) -> Variant:
             return Variant(f"{name}, {word}", False, symmetric, effort, **more)
 
@@ -117,16 +117,16 @@ def run(
         torch.float32,
     )
     result: dict[str, Tensor] = {}
-    search, compensate, aim = block_solution.search_grid, block_solution.compensate, block_solution.AIM
-    followed = variant.effort.followed(*windows.shape)
-    reference = block_forward.copied(states, followed) if followed else None
+    search, compensate, aim = block_solution.search_qparams, block_solution.compensate, block_solution.AIM
+    reference_windows = variant.effort.reference_windows(*windows.shape)
+    reference = block_forward.copied(states, reference_windows) if reference_windows else None
 
-    def plain(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> Grid:
-        return minmax_grid(W, spec)
+    def plain(W: Tensor, M: Tensor, spec: QuantScheme, effort: ScaleSearch) -> QParams:
+        return minmax_qparams(W, spec)
 
     block_solution.AIM = variant.aim
     if variant.minmax:
-        block_solution.search_grid = plain
+        block_solution.search_qparams = plain
     if variant.nearest:
         block_solution.compensate = lambda W, grid, spec, factor: block_solution.round_to_nearest(
             W, grid, spec
@@ -138,36 +138,40 @@ def run(
             kwargs = calls.kwargs[index]
             groups = block_forward.distinct_inputs(block, states, kwargs)
             widths = [block.get_submodule(paths[0]).in_features for paths in groups]
-            folds = find_folds(block, source.config) if variant.awq else []
-            sums = [SecondMoment(width, device) for width in widths]
-            if folds or variant.at_once:
+            mappings = find_mappings(block, source.config) if variant.awq else []
+            sums = [HessianAccumulator(width, device) for width in widths]
+            if mappings or variant.at_once:
                 block_forward.capture(
                     block, states, kwargs, groups, batch, lambda i, x, sums=sums: sums[i].add(x)
                 )
             stops = [paths[0] for paths in groups]
-            onward: Passes | Follower = Passes(block, states, kwargs, stops, batch, ROOM)
+            onward: SuspendedForwards | ReferenceBlock = SuspendedForwards(
+                block, states, kwargs, stops, batch, ROOM
+            )
             if reference is not None:
-                onward = Follower(block, reference, states, kwargs, groups, batch, ROOM)
+                onward = ReferenceBlock(block, reference, states, kwargs, groups, batch, ROOM)
 
-            def moments(group: int, onward: Any = onward, sums: Any = sums, folds: Any = folds) -> Tensor:
-                if not folds and not variant.at_once:
-                    for (reached,) in walk((onward,), group):
+            def hessians(
+                group: int, onward: Any = onward, sums: Any = sums, mappings: Any = mappings
+            ) -> Tensor:
+                if not mappings and not variant.at_once:
+                    for (reached,) in resume_together((onward,), group):
                         sums[group].add(reached[0])
                 return sums[group].finish()
 
-            follower = onward if isinstance(onward, Follower) else None
+            reference_block = onward if isinstance(onward, ReferenceBlock) else None
             with onward:
-                args = (block, name, groups, moments, folds, options, BlockChanges(), follower)
+                args = (block, name, groups, hessians, mappings, options, BlockChanges(), reference_block)
                 solved = list(solve_block(*args))
-                if options.effort.tune and follower is not None:
-                    follower.drop()
-                    goal = follower.goal(name, tuning.windows_used(options.effort.tune, states.length))
+                if options.effort.tune and reference_block is not None:
+                    reference_block.drop()
+                    goal = reference_block.goal(name, tuning.windows_used(options.effort.tune, states.length))
                     tuning.tune_block(block, solved, options, states, goal, kwargs)
                 onward.advance(name)
             result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
             source.release(block)
     finally:
-        block_solution.search_grid, block_solution.compensate, block_solution.AIM = search, compensate, aim
+        block_solution.search_qparams, block_solution.compensate, block_solution.AIM = search, compensate, aim
     return result
 
 

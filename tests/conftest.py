@@ -127,8 +127,8 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         depths.append(a.shape[1])
         out.addmm_(a.float(), b.float(), alpha=alpha, beta=beta)
 
-    monkeypatch.setattr(cholesky, "takes_halves", lambda tensor: tensor.dtype == torch.float32)
-    monkeypatch.setattr(cholesky, "halves_", multiply_)
+    monkeypatch.setattr(cholesky, "has_half_products", lambda tensor: tensor.dtype == torch.float32)
+    monkeypatch.setattr(cholesky, "half_product_", multiply_)
     return depths
 
 

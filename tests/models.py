@@ -103,7 +103,7 @@ def tokens(windows: int = 3, length: int = 24, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def second_moment(width: int, samples: int, seed: int = 0) -> torch.Tensor:
+def random_hessian(width: int, samples: int, seed: int = 0) -> torch.Tensor:
     """`H` (width, width) of correlated inputs whose channels differ much in size, float32."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=g) / width**0.5 + torch.eye(width)

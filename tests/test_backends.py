@@ -348,10 +348,12 @@ def test_a_killed_parent_takes_the_library_with_it(library: Callable[..., None],
         import sys, pathlib
         sys.path.insert(0, {str(SCRIPTS.parents[2])!r})
         from llm_quantize import console
-        from llm_quantize.backends import backend, libraries
-        session_module.SCRIPTS, session_module.COMMAND = pathlib.Path({str(tmp_path / "scripts")!r}), (sys.executable,)
+        from llm_quantize.backends import registry, session as session_module
+        session_module.SCRIPTS = pathlib.Path({str(tmp_path / "scripts")!r})
+        session_module.COMMAND = (sys.executable,)
         quiet = console.Console(quiet=True)
-        with session_module.Session(registry.LIBRARIES["optimum"], session.torch.device("cpu"), quiet) as session:
+        library, cpu = registry.LIBRARIES["optimum"], session_module.torch.device("cpu")
+        with session_module.Session(library, cpu, quiet) as session:
             session.quantize(session_module.Job(**{asdict(_job())!r}), console.Blocks(4))
     """
     env = {**os.environ, "TMPDIR": str(tmp_path)}

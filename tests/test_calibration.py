@@ -389,7 +389,7 @@ def test_names_and_ids(data: str, expected: HubData, tmp_path: Path, monkeypatch
 def test_checking_loads_nothing_heavy() -> None:
     script = (
         "import sys\n"
-        "from llm_quantize.calibration.calibration import check_source\n"
+        "from llm_quantize.calibration.windows import check_source\n"
         "from llm_quantize.config import CalibrationConfig\n"
         "check_source(CalibrationConfig(data='org/name'))\n"
         "print({'torch', 'datasets', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"

@@ -20,9 +20,9 @@ from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.errors import WorkError
 from llm_quantize.formats.packing import pack
 from llm_quantize.io import safetensors_files
-from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.atomic_directory import AtomicDirectory
 from llm_quantize.io.safetensors_files import Planned
-from llm_quantize.solver.qparams import Grid
+from llm_quantize.solver.qparams import QParams
 from reference import read_layers, read_tensors
 
 CONFIG: dict[str, Any] = {
@@ -32,11 +32,11 @@ CONFIG: dict[str, Any] = {
 LAYERS = ("blocks.0.up", "blocks.0.down", "blocks.1.up")
 
 
-def layer(seed: int) -> tuple[torch.Tensor, Grid]:
+def layer(seed: int) -> tuple[torch.Tensor, QParams]:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(0, 16, (64, 32), generator=generator, dtype=torch.uint8)
     scale = torch.rand(64, 2, generator=generator).half().float() + 0.5
-    return q, Grid(scale.half().float(), torch.randint(0, 16, (64, 2), generator=generator).float())
+    return q, QParams(scale.half().float(), torch.randint(0, 16, (64, 2), generator=generator).float())
 
 
 def tensors(*, spoil: str = "") -> dict[str, torch.Tensor]:
@@ -83,17 +83,17 @@ def write(
 ) -> CheckpointWriter:
     """Writes and publishes; a step that an earlier run did is not done again."""
     found = tensors(spoil=spoil)
-    with Staging(target, overwrite=overwrite) as staging:
-        with CheckpointWriter(staging, planned(found), FIRST, shard_bytes=shard_bytes) as writer:
-            staging.write_json("config.json", CONFIG)
-            staging.copy(side_files or [])
+    with AtomicDirectory(target, overwrite=overwrite) as output_dir:
+        with CheckpointWriter(output_dir, planned(found), FIRST, shard_bytes=shard_bytes) as writer:
+            output_dir.write_json("config.json", CONFIG)
+            output_dir.copy(side_files or [])
             if len(writer.steps) < 4:
                 fill(writer, found, len(writer.steps))
             writer.wait()
             before_end(writer)
             writer.complete("awq", 4, 16)
-        staging.write_json("extra.json", {"a": "é"})
-        staging.publish()
+        output_dir.write_json("extra.json", {"a": "é"})
+        output_dir.publish()
     return writer
 
 
@@ -169,16 +169,16 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
 
 def test_tensors_are_copied_when_added(tmp_path: Path) -> None:
     tensor = torch.zeros(4, 6)
-    with Staging(tmp_path / "out", overwrite=False) as staging:
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
         plan = [Planned("a", torch.float32, (6, 4)), Planned("b", torch.float32, (4, 6))]
-        with CheckpointWriter(staging, plan, FIRST) as writer:
+        with CheckpointWriter(output_dir, plan, FIRST) as writer:
             writer.add("a", tensor.T)  # not contiguous
             writer.add("b", tensor)  # the same memory
             tensor.fill_(7)
             with pytest.raises(ValueError, match="a is there already"):
                 writer.add("a", tensor.T)
             writer.complete("awq", 4, 16)
-        staging.publish()
+        output_dir.publish()
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found["a"].shape == (6, 4)
     assert not found["a"].any()
@@ -187,8 +187,8 @@ def test_tensors_are_copied_when_added(tmp_path: Path) -> None:
 
 def test_only_what_was_planned(tmp_path: Path) -> None:
     with (
-        Staging(tmp_path / "out", overwrite=False) as staging,
-        CheckpointWriter(staging, planned(tensors()), FIRST) as writer,
+        AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir,
+        CheckpointWriter(output_dir, planned(tensors()), FIRST) as writer,
     ):
         for name, tensor in (
             ("other", torch.zeros(3)),
@@ -200,8 +200,11 @@ def test_only_what_was_planned(tmp_path: Path) -> None:
         writer.add("step", torch.tensor(3))
         with pytest.raises(WorkError, match="was never written"):
             writer.complete("awq", 4, 16)
-    with Staging(tmp_path / "out", overwrite=False) as staging, pytest.raises(WorkError, match="no tensors"):
-        CheckpointWriter(staging, [], FIRST)
+    with (
+        AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir,
+        pytest.raises(WorkError, match="no tensors"),
+    ):
+        CheckpointWriter(output_dir, [], FIRST)
     assert names(tmp_path) == set()
 
 
@@ -317,12 +320,13 @@ def test_full_disk_surfaces_at_a_later_call(
 
     def work() -> None:
         with (
-            Staging(tmp_path / "out", overwrite=True) as staging,
-            CheckpointWriter(staging, planned(many), FIRST) as writer,
+            AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir,
+            CheckpointWriter(output_dir, planned(many), FIRST) as writer,
         ):
             monkeypatch.setattr("llm_quantize.io.safetensors_files.write_at", full)
             monkeypatch.setattr(
-                "llm_quantize.io.publish.shutil.disk_usage", lambda _: usage(10**6, 10**6 - 1024, 1024)
+                "llm_quantize.io.atomic_directory.shutil.disk_usage",
+                lambda _: usage(10**6, 10**6 - 1024, 1024),
             )
             for name, tensor in many.items():
                 writer.add(name, tensor)
@@ -342,7 +346,7 @@ def test_full_disk_for_the_last_files(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("llm_quantize.io.publish.shutil.copyfile", copy)
+    monkeypatch.setattr("llm_quantize.io.atomic_directory.shutil.copyfile", copy)
     with pytest.raises(WorkError, match="disk full at"):
         write(tmp_path / "out", side_files=[tmp_path / "tokenizer.json"])
     assert names(tmp_path) == {"tokenizer.json"}
@@ -390,11 +394,11 @@ def test_another_run_begins_anew(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", before_end=stop)
     with (
-        Staging(tmp_path / "out", overwrite=False) as staging,
-        CheckpointWriter(staging, planned(tensors()), {"run": {"--bits": 3}}) as writer,
+        AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir,
+        CheckpointWriter(output_dir, planned(tensors()), {"run": {"--bits": 3}}) as writer,
     ):
         assert writer.steps == []
-        assert staging.keep is False
+        assert output_dir.keep is False
 
 
 @pytest.mark.parametrize("change", ["header", "index", "shorter", "journal"])
@@ -419,8 +423,8 @@ def test_files_that_do_not_fit_begin_anew(tmp_path: Path, change: str) -> None:
 
 def test_leaving_without_a_step_leaves_nothing(tmp_path: Path) -> None:
     with (
-        Staging(tmp_path / "new" / "out", overwrite=False) as staging,
-        CheckpointWriter(staging, planned(tensors()), FIRST) as writer,
+        AtomicDirectory(tmp_path / "new" / "out", overwrite=False) as output_dir,
+        CheckpointWriter(output_dir, planned(tensors()), FIRST) as writer,
     ):
         writer.add("step", torch.tensor(3))
     assert names(tmp_path) == set()  # nor the parent that was made for it
@@ -428,8 +432,8 @@ def test_leaving_without_a_step_leaves_nothing(tmp_path: Path) -> None:
 
 def test_nothing_is_kept_where_that_is_not_wanted(tmp_path: Path) -> None:
     with (
-        Staging(tmp_path / "out", overwrite=False) as staging,
-        CheckpointWriter(staging, planned(tensors()), FIRST, keep=False) as writer,
+        AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir,
+        CheckpointWriter(output_dir, planned(tensors()), FIRST, keep=False) as writer,
     ):
         fill(writer, tensors())
     assert names(tmp_path) == set()

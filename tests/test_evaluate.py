@@ -479,10 +479,10 @@ def test_sample_finds_the_output_head_under_any_name(name: str, tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    home = tmp_path_factory.mktemp("checkpoints")
-    write_rtn_checkpoint(EMBEDDED_MODEL, home / "three", "gptq", 3, 32, True)
-    write_rtn_checkpoint(EMBEDDED_MODEL, home / "four", "awq", 4, 32, False)
-    return home / "three", home / "four"
+    storage = tmp_path_factory.mktemp("checkpoints")
+    write_rtn_checkpoint(EMBEDDED_MODEL, storage / "three", "gptq", 3, 32, True)
+    write_rtn_checkpoint(EMBEDDED_MODEL, storage / "four", "awq", 4, 32, False)
+    return storage / "three", storage / "four"
 
 
 SMALL = ["--samples", "2", "--seq_len", "64", "--device", "cpu"]

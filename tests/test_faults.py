@@ -33,7 +33,7 @@ from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.formats import packing
 from llm_quantize.io import safetensors_files
-from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.atomic_directory import AtomicDirectory
 from llm_quantize.io.safetensors_files import Planned
 from llm_quantize.model import block_forward, source
 from llm_quantize.model.source import Source
@@ -143,15 +143,15 @@ PLAN = [
 
 def write(target: Path, side: Path) -> None:
     """A whole checkpoint by the writer alone: shards, index, steps, side files, publication."""
-    with Staging(target, overwrite=True) as staging:
-        with CheckpointWriter(staging, PLAN, {"run": 1}, keep=False, shard_bytes=600) as writer:
-            staging.write_json("config.json", {"a": 1})
+    with AtomicDirectory(target, overwrite=True) as output_dir:
+        with CheckpointWriter(output_dir, PLAN, {"run": 1}, keep=False, shard_bytes=600) as writer:
+            output_dir.write_json("config.json", {"a": 1})
             for number, planned in enumerate(PLAN):
                 writer.add(planned.name, torch.full(planned.shape, float(number), dtype=planned.dtype))
                 writer.commit({"step": number})
-            staging.copy([side])
+            output_dir.copy([side])
             writer.complete("awq", 4, 128)
-        staging.publish()
+        output_dir.publish()
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -427,8 +427,8 @@ def test_second_moments_of_all_kinds(
 ) -> None:
     """A result, finite everywhere, and a word that names the layer where it was not solved as usual."""
     change, said = MOMENTS[case]
-    real = hessian.SecondMoment.finish
-    monkeypatch.setattr(hessian.SecondMoment, "finish", lambda self: change(real(self).clone()))
+    real = hessian.HessianAccumulator.finish
+    monkeypatch.setattr(hessian.HessianAccumulator, "finish", lambda self: change(real(self).clone()))
     assert run(model, tmp_path / "out", method=method) == 0
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning:")]
     if said is not None:
@@ -578,12 +578,12 @@ STAGES: dict[str, tuple[Any, str]] = {
     "load": (Source, "load"),
     "distinct inputs": (block_forward, "distinct_inputs"),
     "capture": (block_forward, "capture"),
-    "second moments": (hessian.SecondMoment, "add"),
+    "second moments": (hessian.HessianAccumulator, "add"),
     "factorize": (block_solution, "Factorization"),
-    "grid search": (block_solution, "search_grid"),
+    "grid search": (block_solution, "search_qparams"),
     "compensate": (block_solution, "compensate"),
     "channel scales": (block_solution, "choose_scales"),
-    "folds": (loop, "exact_folds"),
+    "folds": (loop, "exact_mappings"),
     "packing": (packing, "pack"),
     "replay": (block_forward, "replay"),
     "block": (block_forward, "forward"),

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llm_quantize.errors import InputError
 from llm_quantize.model import awq_mappings, block_forward
-from llm_quantize.model.awq_mappings import Fold, apply_fold, exact_folds, find_folds
+from llm_quantize.model.awq_mappings import AWQMapping, apply_mapping, exact_mappings, find_mappings
 from models import CPU, FAMILIES, VOCABULARY, build, tokens
 
 QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
@@ -77,26 +77,26 @@ def called(config: Any) -> tuple[nn.Module, Tensor, dict[str, Any], Any]:
     return block, hidden, kwargs, model.config
 
 
-def names(folds: list[Fold]) -> set[tuple[str, str]]:
-    return {(fold.source, " ".join(fold.targets)) for fold in folds}
+def names(mappings: list[AWQMapping]) -> set[tuple[str, str]]:
+    return {(mapping.source, " ".join(mapping.targets)) for mapping in mappings}
 
 
-def scale(block: nn.Module, fold: Fold, seed: int) -> Tensor:
-    source, first = block.get_submodule(fold.source), block.get_submodule(fold.targets[0])
+def scale(block: nn.Module, mapping: AWQMapping, seed: int) -> Tensor:
+    source, first = block.get_submodule(mapping.source), block.get_submodule(mapping.targets[0])
     assert isinstance(first, nn.Linear)
     count = source.out_features if isinstance(source, nn.Linear) else first.in_features
     return torch.exp(torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.7)
 
 
 @torch.no_grad()
-def fold_in(block: nn.Module, fold: Fold, s: Tensor, dtype: torch.dtype) -> None:
+def fold_in(block: nn.Module, mapping: AWQMapping, s: Tensor, dtype: torch.dtype) -> None:
     """What the solver does, without rounding."""
-    folded = apply_fold(block, fold, s, dtype)
-    source = block.get_submodule(fold.source)
+    folded = apply_mapping(block, mapping, s, dtype)
+    source = block.get_submodule(mapping.source)
     if folded.rows is not None:
         assert isinstance(source, nn.Linear)
         source.weight.div_(folded.rows[:, None])
-    for path in fold.targets:
+    for path in mapping.targets:
         target = block.get_submodule(path)
         assert isinstance(target, nn.Linear)
         target.weight.mul_(folded.channels)
@@ -105,16 +105,18 @@ def fold_in(block: nn.Module, fold: Fold, s: Tensor, dtype: torch.dtype) -> None
 @torch.no_grad()
 def test_expected(family: str) -> None:
     block, hidden, kwargs, config = called(FAMILIES[family]())
-    folds = find_folds(block, config)
-    assert names(folds) == EXPECTED[family]
-    assert exact_folds(block, folds, hidden, lambda x: block_forward.forward(block, x, kwargs)) == folds
+    mappings = find_mappings(block, config)
+    assert names(mappings) == EXPECTED[family]
+    assert (
+        exact_mappings(block, mappings, hidden, lambda x: block_forward.forward(block, x, kwargs)) == mappings
+    )
     states = block_forward.States(
         (hidden.shape[0], hidden.shape[1], hidden.shape[2]), torch.float32, CPU, CPU
     )
     states.put(0, len(states), hidden)
     groups = block_forward.distinct_inputs(block, states, kwargs)
     # The targets of a fold are all that see that input: nothing else would go unscaled.
-    assert all(list(fold.targets) in groups for fold in folds)
+    assert all(list(mapping.targets) in groups for mapping in mappings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -124,10 +126,10 @@ def test_output_stays(family: str, dtype: torch.dtype) -> None:
     block, hidden, kwargs, config = called(FAMILIES[family]())
     before = block_forward.forward(block, hidden, kwargs)
     state = {k: v.clone() for k, v in block.state_dict().items()}
-    folds = find_folds(block, config)
-    for fold in [*([f] for f in folds), folds]:
+    mappings = find_mappings(block, config)
+    for mapping in [*([f] for f in mappings), mappings]:
         block.load_state_dict(state)
-        for number, each in enumerate(fold):
+        for number, each in enumerate(mapping):
             fold_in(block, each, scale(block, each, number), dtype)
         after = block_forward.forward(block, hidden, kwargs)
         # Only biases, which no channel scale can make good, are off by their own rounding.
@@ -136,7 +138,7 @@ def test_output_stays(family: str, dtype: torch.dtype) -> None:
         assert float((after - before).abs().max()) < tolerance * float((before - hidden).abs().max())
         assert any(not torch.equal(v, state[k]) for k, v in block.state_dict().items())
         if dtype != torch.float32:
-            for each in fold:
+            for each in mapping:
                 source = block.get_submodule(each.source)
                 if not isinstance(source, nn.Linear):
                     assert isinstance(source.weight, Tensor)
@@ -158,12 +160,12 @@ def test_zero_in_a_norm_keeps_its_channel() -> None:
     norm.weight[3] = 0
     norm.weight[4] *= -1
     before = block_forward.forward(block, hidden, kwargs)
-    fold = find_folds(block, config)[0]
-    folded = apply_fold(block, fold, torch.full((64,), 3.0), torch.float32)
+    mapping = find_mappings(block, config)[0]
+    folded = apply_mapping(block, mapping, torch.full((64,), 3.0), torch.float32)
     assert folded.channels[3] == 1
     assert folded.channels[4] == pytest.approx(3)
     assert folded.changed == ("input_layernorm.weight",)
-    for path in fold.targets:
+    for path in mapping.targets:
         block.get_parameter(f"{path}.weight").mul_(folded.channels)
     torch.testing.assert_close(block_forward.forward(block, hidden, kwargs), before, rtol=1e-4, atol=1e-4)
 
@@ -176,10 +178,10 @@ def test_value_rows(heads: tuple[int, int]) -> None:
         num_attention_heads=heads[0], num_key_value_heads=heads[1],
     )  # fmt: skip
     block = build(config).model.layers[0]
-    (fold,) = (f for f in find_folds(block, config) if f.targets == ("self_attn.o_proj",))
+    (mapping,) = (f for f in find_mappings(block, config) if f.targets == ("self_attn.o_proj",))
     shared = heads[0] // heads[1]
     expected = [head // shared * 8 + within for head in range(4) for within in range(8)]
-    assert fold.rows.tolist() == expected
+    assert mapping.rows.tolist() == expected
 
 
 def small(kind: Any, **more: Any) -> Any:
@@ -226,8 +228,8 @@ WIDE = {"intermediate_size": 96, "num_key_value_heads": 2}
 def test_a_fold_that_changes_the_output_is_left_out(config: Any, left: set[tuple[str, str]]) -> None:
     block, hidden, kwargs, config = called(config)
     state = {k: v.clone() for k, v in block.state_dict().items()}
-    named = find_folds(block, config)
-    found = exact_folds(block, named, hidden, lambda x: block_forward.forward(block, x, kwargs))
+    named = find_mappings(block, config)
+    found = exact_mappings(block, named, hidden, lambda x: block_forward.forward(block, x, kwargs))
     assert names(found) == left
     for name, value in block.state_dict().items():
         assert torch.equal(value, state[name])
@@ -236,7 +238,7 @@ def test_a_fold_that_changes_the_output_is_left_out(config: Any, left: set[tuple
 def test_unknown_architecture() -> None:
     config = GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=16)
     with pytest.raises(InputError, match=r"GPTJBlock.*gptq_quantize\.py") as caught:
-        find_folds(build(config).transformer.h[0], config)
+        find_mappings(build(config).transformer.h[0], config)
     assert "\n" not in str(caught.value)
 
 
@@ -269,6 +271,6 @@ def test_what_a_norm_adds_to_its_weight(norm: nn.Module, offset: int, dtype: tor
 def test_the_gpu_is_not_waited_for(waits: Callable[[Callable[[], object]], int]) -> None:
     """Once the norm is known."""
     block = nn.ModuleDict({"norm": LlamaRMSNorm(64), "linear": nn.Linear(64, 8)}).cuda()
-    fold = Fold("norm", ("linear",), torch.arange(64, device="cuda"))
+    mapping = AWQMapping("norm", ("linear",), torch.arange(64, device="cuda"))
     scale = torch.ones(64, device="cuda")
-    assert waits(lambda: awq_mappings.apply_fold(block, fold, scale, torch.bfloat16)) == 0
+    assert waits(lambda: awq_mappings.apply_mapping(block, mapping, scale, torch.bfloat16)) == 0

@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.block_solution import EFFORTS, BlockChanges, SolveOptions, effort, solve_block
-from llm_quantize.blockwise.reference import Follower
+from llm_quantize.blockwise.block_solution import (
+    QUALITY_PRESETS,
+    BlockChanges,
+    SolveOptions,
+    effort,
+    solve_block,
+)
+from llm_quantize.blockwise.reference import ReferenceBlock
 from llm_quantize.model import block_forward
-from llm_quantize.model.awq_mappings import find_folds
+from llm_quantize.model.awq_mappings import find_mappings
 from llm_quantize.solver.gptq import aim, factorize
 from models import CPU
 
@@ -59,44 +65,49 @@ def inputs(block: nn.Module, states: block_forward.States, kwargs: dict[str, Any
 
 
 @pytest.mark.parametrize("windows", [3, 7])  # of seven, two at a time
-@pytest.mark.parametrize("room", [0.0, 1e9])
-def test_drift(room: float, windows: int, opened: Any) -> None:
+@pytest.mark.parametrize("suspension_budget", [0.0, 1e9])
+def test_drift(suspension_budget: float, windows: int, opened: Any) -> None:
     source, states, kwargs = opened("llama")
     block = source.modules[0]
     reference = block_forward.copied(states, windows)
     states.data.add_(0.1 * torch.randn(states.data.shape, generator=torch.Generator().manual_seed(2)))
     paths = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     batch = block_forward.MicroBatch(CPU, 16, 64, tokens=32)
-    follower = Follower(block, reference, states, kwargs, [[path] for path in paths], batch, room)
+    reference_block = ReferenceBlock(
+        block, reference, states, kwargs, [[path] for path in paths], batch, suspension_budget
+    )
     with torch.no_grad():
         block.self_attn.v_proj.weight.mul_(1.2)  # as rounding would change it
-    assert torch.equal(follower.weight("self_attn.v_proj") * 1.2, block.self_attn.v_proj.weight)
+    assert torch.equal(reference_block.weight("self_attn.v_proj") * 1.2, block.self_attn.v_proj.weight)
     channels = torch.linspace(1, 2, block.mlp.down_proj.in_features)
     for path, before, scale in (
         ("self_attn.o_proj", None, None),
         ("mlp.up_proj", "", None),
         ("mlp.down_proj", "post_attention_layernorm", channels),
     ):
-        drift = follower.drift(paths.index(path), scale)
-        assert drift is not None
-        x, far = inputs(block, states, kwargs, path), inputs(follower.twin, reference, kwargs, path)
+        mismatch = reference_block.mismatch(paths.index(path), scale)
+        assert mismatch is not None
+        x, far = inputs(block, states, kwargs, path), inputs(reference_block.twin, reference, kwargs, path)
         if scale is not None:
             far = far / scale
-        assert torch.allclose(drift.H.double(), x.T @ x / x.shape[0], atol=1e-5)
+        assert torch.allclose(mismatch.H.double(), x.T @ x / x.shape[0], atol=1e-5)
         tokens = far.shape[0]
         x = x[:tokens]
-        assert torch.allclose(drift.inputs.double(), (far - x).T @ x / tokens, atol=1e-5)
+        assert torch.allclose(mismatch.inputs.double(), (far - x).T @ x / tokens, atol=1e-5)
         if before == "":
-            assert drift.stream is None
+            assert mismatch.stream is None
             continue
         if before is None:
             r, r_far = (s.data[:windows].reshape(tokens, -1).double() for s in (states, reference))
         else:
-            r, r_far = inputs(block, states, kwargs, before), inputs(follower.twin, reference, kwargs, before)
+            r, r_far = (
+                inputs(block, states, kwargs, before),
+                inputs(reference_block.twin, reference, kwargs, before),
+            )
             r = r[:tokens]
-        assert drift.stream is not None
+        assert mismatch.stream is not None
         assert float((r_far - r).abs().max()) > 0.01
-        assert torch.allclose(drift.stream.double(), (r_far - r).T @ x / tokens, atol=1e-5)
+        assert torch.allclose(mismatch.stream.double(), (r_far - r).T @ x / tokens, atol=1e-5)
 
 
 def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
@@ -110,14 +121,18 @@ def test_a_linear_makes_up_for_what_came_before(opened: Any) -> None:
         with torch.no_grad():
             expected = block_forward.forward(block, reference.data, kwargs)
         options = SolveOptions(
-            8, 32, False, True, False, 0.01, EFFORTS["fast"], 0, (torch.float16,), torch.float16
+            8, 32, False, True, False, 0.01, QUALITY_PRESETS["fast"], 0, (torch.float16,), torch.float16
         )
         batch = block_forward.MicroBatch(CPU, 16, 64, tokens=32)
         groups = block_forward.distinct_inputs(block, states, kwargs)
-        follower = Follower(block, reference if aims else states, states, kwargs, groups, batch, 1e9)
-        folds = find_folds(block, source.config)
+        reference_block = ReferenceBlock(
+            block, reference if aims else states, states, kwargs, groups, batch, 1e9
+        )
+        mappings = find_mappings(block, source.config)
         solved = list(
-            solve_block(block, "m", groups, lambda _: None, folds, options, BlockChanges(), follower)
+            solve_block(
+                block, "m", groups, lambda _: None, mappings, options, BlockChanges(), reference_block
+            )
         )
         assert {s.path for s in solved} == {path for paths in groups for path in paths}
         assert all(s.report.fallback is None for s in solved)
@@ -131,14 +146,18 @@ def test_what_is_not_finite_is_rounded_to_nearest(opened: Any) -> None:
     block = source.modules[0]
     reference = block_forward.copied(states, len(states))
     batch = block_forward.MicroBatch(CPU, 16, 64)
-    follower = Follower(block, reference, states, kwargs, [["self_attn.q_proj"]], batch, 1e9)
+    reference_block = ReferenceBlock(block, reference, states, kwargs, [["self_attn.q_proj"]], batch, 1e9)
     reference.data[0, 0, 0] = torch.inf
-    assert follower.drift(0, None) is None
+    assert reference_block.mismatch(0, None) is None
 
 
 def test_how_much_is_followed() -> None:
-    assert effort("fast", 2).followed(1024, 2048) == effort("default", 4).followed(1024, 2048) == 0
-    assert effort("default", 3).followed(1024, 2048) == 256
-    assert effort("default", 2).followed(256, 2048) == 128  # a quarter would be too few
-    assert effort("default", 2).followed(64, 2048) == 64
-    assert effort("best", 8).followed(1024, 2048) == 1024
+    assert (
+        effort("fast", 2).reference_windows(1024, 2048)
+        == effort("default", 4).reference_windows(1024, 2048)
+        == 0
+    )
+    assert effort("default", 3).reference_windows(1024, 2048) == 256
+    assert effort("default", 2).reference_windows(256, 2048) == 128  # a quarter would be too few
+    assert effort("default", 2).reference_windows(64, 2048) == 64
+    assert effort("best", 8).reference_windows(1024, 2048) == 1024

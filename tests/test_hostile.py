@@ -133,11 +133,11 @@ def test_no_kernel_of_the_hub_by_a_name_in_the_config(model: Path, key: str) -> 
 
 
 def test_a_chat_template_cannot_reach_python(model: Path, mark: Path) -> None:
-    reach = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    resume = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     importing = f"{{{{ cycler.__init__.__globals__.os.system('touch {mark}') }}}}"
     data = mark.parent / "chat.jsonl"
     data.write_text(json.dumps({"messages": [{"role": "user", "content": "some words"}]}))
-    for template in (reach, importing, "{{ messages.__class__.__base__ }}", "{% include '/etc/hostname' %}"):
+    for template in (resume, importing, "{{ messages.__class__.__base__ }}", "{% include '/etc/hostname' %}"):
         (model / "chat_template.jinja").write_text(template)
         words = ["--model_path", str(model), "--output_path", str(mark.parent / "out"), *QUICK]
         assert MAIN["gptq"]([*words, "--calib_data", str(data)]) == 2, template
@@ -720,7 +720,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
     data = path.read_bytes()
     script = (
         "import sys; from pathlib import Path\n"
-        "from llm_quantize.calibration import corpus\n"
+        "from llm_quantize.calibration import text_sources\n"
         "from llm_quantize.errors import InputError\n"
         "path, told = Path(sys.argv[1]), 0\n"
         "data = path.read_bytes()\n"

@@ -32,22 +32,22 @@ EMBEDDED = SOURCES / "embedded" / "model"
 # Carries out calls, each a function of this script and its arguments; answers with their values or errors.
 CHILD = """
 import json, sys
-from llm_quantize.calibration import corpus
-from llm_quantize.calibration.calibration import load_windows
+from llm_quantize.calibration import text_sources
+from llm_quantize.calibration.windows import load_windows
 from llm_quantize.config import CalibrationConfig
 from llm_quantize.errors import InputError
 from llm_quantize.io import hub
 
 def hurry(seconds):
-    hub.HUB_TIMEOUT = corpus.HUB_TIMEOUT = seconds
+    hub.HUB_TIMEOUT = text_sources.HUB_TIMEOUT = seconds
 
 def model(path, **options):
     snapshot = hub.resolve_model(path, log=lambda line: None, **options)
     return {str(p.relative_to(snapshot)): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
 
-def windows(data, limit=corpus.DOWNLOAD_LIMIT, **options):
+def windows(data, limit=text_sources.DOWNLOAD_LIMIT, **options):
     from transformers import PreTrainedTokenizerFast
-    corpus.DOWNLOAD_LIMIT = limit
+    text_sources.DOWNLOAD_LIMIT = limit
     tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
     lines = []
     config = CalibrationConfig(**{"data": data, "samples": 8, "seq_len": 32, **options})
@@ -211,8 +211,8 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
 
 
 MODEL_FILES = {p.name for p in EMBEDDED.iterdir()}
-Calls = dict[str, tuple[str, str, dict[str, Any]]]
-ONLINE: Calls = {
+BlockKwargs = dict[str, tuple[str, str, dict[str, Any]]]
+ONLINE: BlockKwargs = {
     "model": ("model", "org/tiny", {}),
     "model revision": ("model", "org/tiny@main", {}),
     "model code": ("model", "org/tiny", {"trust_remote_code": True}),
@@ -241,13 +241,13 @@ ONLINE: Calls = {
     "no dataset": ("windows", "org/absent", {}),
     "gated dataset": ("windows", "org/gated", {}),
 }
-OFFLINE: Calls = {
+OFFLINE: BlockKwargs = {
     "model": ("model", "org/tiny", {}),
     "not cached": ("model", "org/other", {}),
     "wikitext": ("windows", "wikitext", {}),
     "c4": ("windows", "c4", {}),
 }
-REFUSED: Calls = {"model": ("model", "org/tiny", {}), "wikitext": ("windows", "wikitext", {})}
+REFUSED: BlockKwargs = {"model": ("model", "org/tiny", {}), "wikitext": ("windows", "wikitext", {})}
 
 
 @pytest.fixture(scope="module")

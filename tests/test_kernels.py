@@ -38,9 +38,9 @@ from llm_quantize.kernels.precision import (
     tensor_cores,
 )
 from llm_quantize.kernels.scale_search import can_search, search_groups
-from llm_quantize.kernels.streams import Beside
+from llm_quantize.kernels.streams import SideStream
 from llm_quantize.solver import qparams
-from llm_quantize.solver.qparams import Grid, GridSpec, SearchEffort
+from llm_quantize.solver.qparams import QParams, QuantScheme, ScaleSearch
 from seams import KERNELS, everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -180,11 +180,11 @@ def test_kernels_are_compiled_together_and_not_started(monkeypatch: pytest.Monke
 def test_nothing_is_compiled_together(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor anything done that would need results."""
     if why == "old":
-        monkeypatch.setattr(launch, "triton_since", lambda *_: False)
+        monkeypatch.setattr(launcher, "triton_since", lambda *_: False)
     elif why == "interpreted":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
-        monkeypatch.setattr(launch, "triton", None)
+        monkeypatch.setattr(launcher, "triton", None)
     compile_together(lambda: pytest.fail("begun"), torch.device("cuda", 0))
 
 
@@ -206,7 +206,7 @@ def test_what_is_compiled_together_is_found() -> None:
     torch.testing.assert_close(high + low, x)
 
 
-def second_moment(width: int, seed: int = 0) -> Tensor:
+def random_hessian(width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
     x = torch.randn(4 * width, width, generator=generator, dtype=torch.float64) @ mix
@@ -216,7 +216,7 @@ def second_moment(width: int, seed: int = 0) -> Tensor:
 
 def upper_factor(width: int) -> Tensor:
     """Upper `R` with `H^-1 = R^T R`."""
-    R: Tensor = torch.linalg.cholesky(torch.linalg.inv(second_moment(width)), upper=True)
+    R: Tensor = torch.linalg.cholesky(torch.linalg.inv(random_hessian(width)), upper=True)
     return R.float()
 
 
@@ -224,11 +224,11 @@ def weights(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def grids(columns: int, out: int, groups: int, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+def grids(columns: int, out: int, groups: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    scale = (0.2 / levels) * (0.7 + torch.rand(groups, out, generator=generator))
+    scale = (0.2 / qmax) * (0.7 + torch.rand(groups, out, generator=generator))
     scale[0, ::3] *= -1
-    zero = torch.randint(0, levels + 1, (groups, out), generator=generator).float()
+    zero = torch.randint(0, qmax + 1, (groups, out), generator=generator).float()
     return scale, zero, torch.randint(0, groups, (columns,), generator=generator)
 
 
@@ -255,7 +255,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if kind == "halves":
         request.getfixturevalue("halves")
     else:
-        monkeypatch.setattr(cholesky, "takes_halves", lambda _: False)
+        monkeypatch.setattr(cholesky, "has_half_products", lambda _: False)
     if kind != "plain":
 
         def rounded(x: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def diagonal_blocks(L: Tensor, inverses: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("n", [1, 64, 100, 129, 600])
 def test_cholesky(n: int, products: str) -> None:
-    H = second_moment(n)
+    H = random_hessian(n)
     truth = torch.linalg.cholesky(H)
     exact, single = H.clone(), H.float().to(DEVICE)
     for A, tolerance in ((exact, 1e-13), (single, 3e-6)):
@@ -308,7 +308,7 @@ def test_cholesky(n: int, products: str) -> None:
 @pytest.mark.parametrize("where", [3, 127, 128, 400, 599])
 def test_cholesky_tells_that_there_is_none(where: int, products: str) -> None:
     for bad in (-1.0, float("nan")):
-        A = second_moment(600).float().to(DEVICE)
+        A = random_hessian(600).float().to(DEVICE)
         A[where, where] = bad
         failed, _ = cholesky.cholesky_(A)
         assert bool(failed) or bool(A.diagonal().isnan().any())
@@ -453,13 +453,13 @@ def test_whole_matrices_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """With triangles factored on a stream of their own as without, to the last bit."""
-    H = second_moment(1500).float().to(DEVICE)
+    H = random_hessian(1500).float().to(DEVICE)
     monkeypatch.setattr(cholesky, "PANEL", 128)
     monkeypatch.setattr(cholesky, "WIDE", 256)
     monkeypatch.setattr(cholesky, "WHOLE", 0)
-    beside, found = Beside.stream, []
+    beside, found = SideStream.stream, []
     for stream in (lambda self, behind=True: nullcontext(), beside, beside, beside):
-        monkeypatch.setattr(Beside, "stream", stream)
+        monkeypatch.setattr(SideStream, "stream", stream)
         A = H.clone()
         failed, inverses = cholesky.cholesky_(A)
         torch.randn(2048, 2048, device=DEVICE) @ torch.randn(2048, 2048, device=DEVICE)
@@ -471,7 +471,7 @@ def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n", [1, 100, 128, 129, 600])
 def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "PANEL", 128)
-    H = second_moment(n)
+    H = random_hessian(n)
     truth = torch.linalg.cholesky(H)
     A = H.clone()
     failed, inverses = cholesky._by_the_library_(A)
@@ -489,7 +489,7 @@ def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -
     """Large enough for the tensor cores, where they are taken."""
     n = 3000
     monkeypatch.setattr(cholesky, "WHOLE", whole)
-    H = second_moment(n)
+    H = random_hessian(n)
     L = H.float().to(DEVICE)
     failed, inverses = cholesky.cholesky_(L)
     assert not bool(failed)
@@ -502,24 +502,24 @@ def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -
         assert off(inverse, expected) < 4 * off(torch.linalg.inv(other), expected)
 
 
-@pytest.mark.parametrize("levels", [3, 15, 255])
-def test_compensation_against_float64(levels: int) -> None:
+@pytest.mark.parametrize("qmax", [3, 15, 255])
+def test_compensation_against_float64(qmax: int) -> None:
     """The recursion as the paper writes it, one column at a time over the whole row, in float64."""
     columns, out = 24, 7
     work, R = weights(columns, out), upper_factor(columns)
-    scale, zero, group = grids(columns, out, 3, levels)
+    scale, zero, group = grids(columns, out, 3, qmax)
     W, V = work.double().clone(), torch.empty(columns, out, dtype=torch.float64)
     expected = torch.empty(columns, out, dtype=torch.uint8)
     for j in range(columns):
         s, z = scale[group[j]].double(), zero[group[j]].double()
-        integer = ((W[j] / s).round() + z).clamp(0, levels)
+        integer = ((W[j] / s).round() + z).clamp(0, qmax)
         expected[j], V[j] = integer.to(torch.uint8), (integer - z) * s
         e = (W[j] - V[j]) / R[j, j].double()
         for later in range(j + 1, columns):
             W[later] -= R[j, later].double() * e
     q = torch.empty(columns, out, dtype=torch.uint8)
     errors = torch.empty(columns, out)
-    compensate_columns(Rounding(work, scale, zero, group, R, levels, q, errors), slice(0, columns))
+    compensate_columns(Rounding(work, scale, zero, group, R, qmax, q, errors), slice(0, columns))
     assert torch.equal(q, expected)
     torch.testing.assert_close(work.double(), V, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -527,22 +527,22 @@ def test_compensation_against_float64(levels: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("columns", "out", "levels"), [(128, 40, 15), (96, 33, 255), (1, 5, 3), (17, 16, 7)])
+@pytest.mark.parametrize(("columns", "out", "qmax"), [(128, 40, 15), (96, 33, 255), (1, 5, 3), (17, 16, 7)])
 @_kernel_test
-def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
+def test_compensate_kernel(columns: int, out: int, qmax: int) -> None:
     R = torch.randn(
         columns, columns + 9
     )  # a view with wide rows, and below the diagonal what must not be read
     R[:, :columns] = upper_factor(columns) + torch.full((columns, columns), 1e3).tril(-1)
     work, wide = on_device(weights(columns, out), R)
     R = wide[:, :columns]
-    scale, zero, group = on_device(*grids(columns, out, 5, levels))
+    scale, zero, group = on_device(*grids(columns, out, 5, qmax))
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
     whole = slice(0, columns)
-    gptq_columns._compensate_triton(Rounding(work, scale, zero, group, R, levels, q, errors), whole)
-    gptq_columns._compensate_torch(Rounding(twin, scale, zero, group, R, levels, q_twin, errors_twin), whole)
+    gptq_columns._compensate_triton(Rounding(work, scale, zero, group, R, qmax, q, errors), whole)
+    gptq_columns._compensate_torch(Rounding(twin, scale, zero, group, R, qmax, q_twin, errors_twin), whole)
     # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
@@ -554,7 +554,7 @@ def test_compensate_kernel(columns: int, out: int, levels: int) -> None:
 def test_parts_are_as_if_cut_out() -> None:
     width, out, part, first = 96, 21, slice(32, 64), 16
     R = upper_factor(width).contiguous()
-    W, R, H = on_device(weights(width, out), R, second_moment(width).float())
+    W, R, H = on_device(weights(width, out), R, random_hessian(width).float())
     scale, zero, group = on_device(*grids(width, out, 3, 15))
     works = W.clone(), W.clone()
     qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
@@ -621,7 +621,7 @@ def test_descend_several_pieces(
     """A kernel that takes several pieces as the twin with a product between them; not from the first column on."""
     width, out, begin, end = 768, 24, 256, 768
     everywhere(monkeypatch, "on_triton", lambda _: True)
-    W, H = on_device(weights(width, out), second_moment(width).float())
+    W, H = on_device(weights(width, out), random_hessian(width).float())
     scale, zero = on_device(*grids(width, out, width // size, 15)[:2])
     scale = representable(scale, HALVES)
     group = torch.arange(width, device=DEVICE) // size
@@ -655,7 +655,7 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tiles have sixteen rows, and each launch is its own: the same integers, but for another order of sums."""
     columns, out = 256, 40
     W, H, R = on_device(
-        weights(columns, out), second_moment(columns).float(), upper_factor(columns).contiguous()
+        weights(columns, out), random_hessian(columns).float(), upper_factor(columns).contiguous()
     )
     scale, zero, group = on_device(*grids(columns, out, 2, 15))
     found = []
@@ -680,18 +680,18 @@ class Piece:
         self,
         columns: int,
         out: int,
-        levels: int,
+        qmax: int,
         *,
         missing: bool = True,
         units: bool = False,
         dtype: torch.dtype,
     ) -> None:
-        scale, zero, _ = grids(columns, out, 1, levels)
-        self.levels = levels
+        scale, zero, _ = grids(columns, out, 1, qmax)
+        self.qmax = qmax
         self.W = weights(columns, out).to(dtype)
-        self.H = second_moment(columns).to(dtype)
+        self.H = random_hessian(columns).to(dtype)
         self.scale, self.zero = representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
-        self.q = ((self.W / self.scale).round() + self.zero).clamp(0, levels).to(torch.uint8)
+        self.q = ((self.W / self.scale).round() + self.zero).clamp(0, qmax).to(torch.uint8)
         self.gradient = self.H @ (self.W - self.value)
         self.missing = 0.1 * torch.randn_like(self.gradient) if missing else None
         if self.missing is not None:
@@ -717,7 +717,7 @@ class Piece:
         columns = len(self.q)
         units = (self.by, self.unit) if self.delta.dtype == torch.float16 else None
         grids = self.scale[None], self.zero[None]
-        state = Descent(self.gradient, *grids, self.H, self.levels, self.q, self.delta, refit, columns, units)
+        state = Descent(self.gradient, *grids, self.H, self.qmax, self.q, self.delta, refit, columns, units)
         run(state, slice(0, columns), 0, self.missing)
 
     def to(self, device: str) -> Piece:
@@ -730,13 +730,13 @@ class Piece:
 @pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
 @pytest.mark.parametrize("units", [False, True], ids=["", "units"])
 @pytest.mark.parametrize(
-    ("columns", "out", "levels", "missing"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
+    ("columns", "out", "qmax", "missing"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
 )
 @_kernel_test
 def test_descend_kernel(
-    columns: int, out: int, levels: int, missing: bool, units: bool, refit: tuple[torch.dtype, ...] | None
+    columns: int, out: int, qmax: int, missing: bool, units: bool, refit: tuple[torch.dtype, ...] | None
 ) -> None:
-    ours = Piece(columns, out, levels, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
+    ours = Piece(columns, out, qmax, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
     ours.descend(coordinate_descent._descend_triton, refit)
     twin.descend(coordinate_descent._descend_torch, refit)
@@ -809,25 +809,25 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
     W[0] = 0.0  # a dead row
     W[1] = W[1].abs()  # one sign alone
     W[2] *= 1e-4  # scales at the bottom of float16
-    H = second_moment(groups * size).float()
-    W, M = on_device(W, qparams.metric_blocks(H, size))
-    spec = GridSpec(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
-    effort = SearchEffort(sweep=7, refits=2)
+    H = random_hessian(groups * size).float()
+    W, M = on_device(W, qparams.hessian_blocks(H, size))
+    spec = QuantScheme(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
+    effort = ScaleSearch(sweep=7, refits=2)
     grouped = W.reshape(out, groups, size)
     scale, zero, loss = search_groups(
-        grouped, M, qparams._shrinks(bits, effort.sweep), levels=spec.levels, symmetric=symmetric,
+        grouped, M, qparams._shrinks(bits, effort.sweep), qmax=spec.qmax, symmetric=symmetric,
         zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
     )  # fmt: skip
     twin = qparams._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
     assert torch.equal(scale, representable(scale, dtypes))
-    assert bool(((zero >= spec.zero_min) & (zero <= spec.levels) & (zero == zero.round())).all())
+    assert bool(((zero >= spec.zero_min) & (zero <= spec.qmax) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
     assert float(same.float().mean()) > 0.9
     # Where near equals were told apart differently the ways part, to no one's gain.
     assert float(loss.sum() / twin.loss.sum()) == pytest.approx(1.0, abs=1e-2)
     torch.testing.assert_close(loss[same], twin.loss[same], rtol=1e-3, atol=1e-12)
     # And the error is what it says.
-    chosen = Grid(scale.T, zero.T)
+    chosen = QParams(scale.T, zero.T)
     E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, spec), chosen, size)
     E = E.reshape(out, groups, size).double()
     truth = torch.einsum("ogi,gij,ogj->go", E, M.double(), E)
@@ -837,16 +837,16 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
 @_kernel_test
 def test_search_kernel_in_low_precision() -> None:
     """Fast products may pick another of two near equals, and lose nothing on the whole."""
-    W, M = on_device(weights(96, 256), qparams.metric_blocks(second_moment(256).float(), 128))
-    spec, grouped = GridSpec(4, 128, True), W.reshape(96, 2, 128)
+    W, M = on_device(weights(96, 256), qparams.hessian_blocks(random_hessian(256).float(), 128))
+    spec, grouped = QuantScheme(4, 128, True), W.reshape(96, 2, 128)
     exact, fast = (
         search_groups(
-            grouped, M, qparams._shrinks(4, 24), levels=15, symmetric=True, zero_min=0,
+            grouped, M, qparams._shrinks(4, 24), qmax=15, symmetric=True, zero_min=0,
             dtypes=spec.scale_dtypes, refits=2, precision=precision,
         )
         for precision in ("tf32x3", "tf32")
     )  # fmt: skip
-    chosen = Grid(fast[0].T, fast[1].T)
+    chosen = QParams(fast[0].T, fast[1].T)
     E = (
         (W - qparams.dequantize(qparams.round_to_nearest(W, chosen, spec), chosen, 128))
         .reshape(96, 2, 128)
@@ -863,12 +863,12 @@ def test_search_kernel_in_low_precision() -> None:
 def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
     from llm_quantize.solver import gptq
 
-    W, H = weights(300, 384), second_moment(384).float()
-    spec = GridSpec(4, 128, True)
+    W, H = weights(300, 384), random_hessian(384).float()
+    spec = QuantScheme(4, 128, True)
     results = []
     for device in ("cpu", "cuda"):
         w, h = W.to(device), H.clone().to(device)
-        found = qparams.search_grid(w, qparams.metric_blocks(h, 128), spec)
+        found = qparams.search_qparams(w, qparams.hessian_blocks(h, 128), spec)
         factor = gptq.factorize(h, 0.01, act_order=True)
         q = gptq.compensate(w, found, spec, factor)
         q, found = gptq.descend(w, q, found, spec, h, sweeps=1, refit=True)
@@ -882,20 +882,20 @@ def test_the_solver_hardly_waits_for_the_gpu(waits: Callable[[Callable[[], objec
     """One answer for a factorization, one for an error; none in a choice of scales, none in the rounding."""
     from llm_quantize.solver import awq_scales, gptq
 
-    W, H = weights(300, 1500).cuda(), second_moment(1500).float().cuda()
-    spec, rows = GridSpec(4, 60, True), torch.arange(1500, device="cuda")
+    W, H = weights(300, 1500).cuda(), random_hessian(1500).float().cuda()
+    spec, rows = QuantScheme(4, 60, True), torch.arange(1500, device="cuda")
     assert waits(lambda: float(W[0, 0])) == 1
 
     def factorize() -> gptq.Factor:
         return gptq.factorize(H.clone(), 0.1, act_order=True)
 
-    factor, plain = factorize(), qparams.minmax_grid(W, spec)
+    factor, plain = factorize(), qparams.minmax_qparams(W, spec)
     q = gptq.compensate(W, plain, spec, factor)
     assert waits(factorize) <= 1
     assert waits(lambda: gptq.compensate(W, plain, spec, factor)) == 0
     assert waits(lambda: gptq.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
     assert waits(lambda: gptq.output_error(W, qparams.dequantize(q, plain, 60), H)) <= 1
-    effort = SearchEffort(8, 1)
+    effort = ScaleSearch(8, 1)
     assert waits(lambda: awq_scales.choose_scales(W, H, factor, rows, 1500, spec, effort)) == 0
 
 

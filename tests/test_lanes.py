@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.block_solution import EFFORTS, BlockChanges, SolveOptions, solve_block
-from llm_quantize.kernels.streams import Beside, Lanes, Mark
-from llm_quantize.model.awq_mappings import Fold
+from llm_quantize.blockwise.block_solution import QUALITY_PRESETS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.kernels.streams import SideStream, StreamPool, Timestamp
+from llm_quantize.model.awq_mappings import AWQMapping
 
 CPU = torch.device("cpu")
 gpu = [
@@ -33,18 +33,18 @@ def test_lanes_wait_for_what_they_need(device: torch.device) -> None:
             torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
 
     x, y, z = (torch.zeros(1000, device=device) for _ in range(3))
-    with Lanes.on(device, 3) as lanes:
+    with StreamPool.on(device, 3) as streams:
         pause()
         x.fill_(1)
-        with lanes.lane(0):
+        with streams.stream(0):
             x.add_(1)  # after the caller
             pause()
             y.copy_(x)
-        with lanes.lane(1, after=[0]):
+        with streams.stream(1, after=[0]):
             y.mul_(10)
-        lanes.join(1)
+        streams.join(1)
         assert y.tolist() == [20] * 1000
-        with lanes.lane(2):
+        with streams.stream(2):
             pause()
             z.copy_(y)
     assert z.tolist() == [20] * 1000
@@ -57,7 +57,7 @@ def test_beside_waits_for_the_caller_who_waits_where_he_joins(device: torch.devi
             torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
 
     x, y = (torch.zeros(1000, device=device) for _ in range(2))
-    with Beside(device) as beside:
+    with SideStream(device) as beside:
         pause()
         x.fill_(1)
         with beside.stream():
@@ -84,7 +84,7 @@ def test_lanes_are_joined_after_an_error(device: torch.device) -> None:
     x = torch.zeros(1000, device=device)
 
     def fail() -> None:
-        with Lanes.on(device, 1) as lanes, lanes.lane(0):
+        with StreamPool.on(device, 1) as streams, streams.stream(0):
             if device.type == "cuda":
                 torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
             x.fill_(3)
@@ -97,12 +97,12 @@ def test_lanes_are_joined_after_an_error(device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_marks_tell_how_long_the_work_took(device: torch.device) -> None:
-    begun = Mark(device)
+    begun = Timestamp(device)
     if device.type == "cuda":
         torch.cuda._sleep(LONG)  # type: ignore[no-untyped-call]
     else:
         time.sleep(0.02)
-    assert 0.01 < Mark(device).since(begun) < 5
+    assert 0.01 < Timestamp(device).since(begun) < 5
 
 
 class Gated(nn.Module):
@@ -116,32 +116,37 @@ class Gated(nn.Module):
 
 
 GROUPS = [["gate", "up"], ["down"], ["other"]]
-FOLDS = [Fold("norm", ("gate", "up"), torch.arange(512)), Fold("up", ("down",), torch.arange(1024))]
+FOLDS = [
+    AWQMapping("norm", ("gate", "up"), torch.arange(512)),
+    AWQMapping("up", ("down",), torch.arange(1024)),
+]
 
 
-def moments(device: torch.device) -> Iterator[Tensor]:
+def hessians(device: torch.device) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1)
     for width in (512, 1024, 512):
         x = torch.randn(4 * width, width, generator=generator) * torch.rand(width, generator=generator).exp()
         yield (x.T @ x / len(x)).to(device)
 
 
-@pytest.mark.parametrize("folds", [[], FOLDS], ids=["gptq", "awq"])
+@pytest.mark.parametrize("mappings", [[], FOLDS], ids=["gptq", "awq"])
 @pytest.mark.parametrize("device", [CUDA])
-def test_bits_do_not_depend_on_lanes(device: torch.device, folds: list[Fold]) -> None:
+def test_bits_do_not_depend_on_lanes(device: torch.device, mappings: list[AWQMapping]) -> None:
     """Three times each, since a race may be won once; and other work goes on where the results are taken."""
     torch.manual_seed(0)
     source = Gated()
-    effort = EFFORTS["default"]
+    effort = QUALITY_PRESETS["default"]
     options = SolveOptions(
         4, 128, False, True, False, 0.05, effort, 0, (torch.bfloat16, torch.float16), torch.bfloat16
     )
     expected: dict[str, Tensor] = {}
-    for lanes in (None, *[Lanes.on(device, 3)] * 3):
+    for streams in (None, *[StreamPool.on(device, 3)] * 3):
         block = copy.deepcopy(source).to(device)
-        given = dict(enumerate(moments(device)))
+        given = dict(enumerate(hessians(device)))
         with torch.no_grad():
-            solved = solve_block(block, "m", GROUPS, given.pop, folds, options, BlockChanges(), None, lanes)
+            solved = solve_block(
+                block, "m", GROUPS, given.pop, mappings, options, BlockChanges(), None, streams
+            )
             found = {}
             for each in solved:
                 torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from llm_quantize.solver.hessian import SecondMoment
+from llm_quantize.solver.hessian import HessianAccumulator
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -43,12 +43,12 @@ def test_matches_float64(device: str, dtype: torch.dtype, width: int) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     x = tokens(1024, width, dtype).reshape(2, 512, width)
-    moment = SecondMoment(width, device)
+    hessian = HessianAccumulator(width, device)
     for part in x:
-        moment.add(part.unsqueeze(0).to(device))
-    assert moment.tokens == 1024
-    assert moment.finite()
-    H = moment.finish()
+        hessian.add(part.unsqueeze(0).to(device))
+    assert hessian.tokens == 1024
+    assert hessian.finite()
+    H = hessian.finish()
     assert H.dtype == torch.float32
     assert torch.equal(H, H.T)
     # Products of halves are exact; n = 1024 float32 additions lose at most n * 2^-24 = 6e-5, by chance
@@ -64,35 +64,35 @@ def test_many_tokens_in_any_order(device: str) -> None:
     x = tokens(count, 32, torch.float16)
     truth = exact(x)
     for order in (x, x.flip(0), x[torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(1))]):
-        moment = SecondMoment(32, device)
+        hessian = HessianAccumulator(32, device)
         for part in torch.split(order, 7777):
-            moment.add(part.to(device))
-        assert moment.tokens == count
+            hessian.add(part.to(device))
+        assert hessian.tokens == count
         # A CPU loses 3e-6; tensor cores cut off what they sum.
-        assert_close(moment.finish(), truth, 3e-5)
+        assert_close(hessian.finish(), truth, 3e-5)
 
 
 def test_half_inputs_are_not_squared_in_half() -> None:
-    moment = SecondMoment(4, "cpu")
-    moment.add(torch.full((10, 4), 60000.0, dtype=torch.float16))  # the square does not fit float16
-    assert moment.finite()
-    torch.testing.assert_close(moment.finish(), torch.full((4, 4), float(torch.tensor(60000.0).half()) ** 2))
+    hessian = HessianAccumulator(4, "cpu")
+    hessian.add(torch.full((10, 4), 60000.0, dtype=torch.float16))  # the square does not fit float16
+    assert hessian.finite()
+    torch.testing.assert_close(hessian.finish(), torch.full((4, 4), float(torch.tensor(60000.0).half()) ** 2))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_finite_sees_one_bad_number(bad: float) -> None:
-    moment = SecondMoment(64, "cpu")
+    hessian = HessianAccumulator(64, "cpu")
     x = tokens(10, 64)
-    moment.add(x)
-    assert moment.finite()
+    hessian.add(x)
+    assert hessian.finite()
     x[3, 17] = bad
-    moment.add(x)
-    assert not moment.finite()
+    hessian.add(x)
+    assert not hessian.finite()
 
 
 def test_merge_equals_one_pass_and_finish_is_final() -> None:
     x = tokens(600, 40)
-    parts = [SecondMoment(40, "cpu") for _ in range(3)]
+    parts = [HessianAccumulator(40, "cpu") for _ in range(3)]
     for part, piece in zip(parts, torch.split(x, [100, 300, 200]), strict=True):
         part.add(piece)
     first, *others = parts
@@ -110,20 +110,20 @@ def test_merge_equals_one_pass_and_finish_is_final() -> None:
 
 
 def test_no_tokens_give_zeros() -> None:
-    moment = SecondMoment(8, "cpu")
-    moment.add(torch.empty(2, 0, 8))
-    assert moment.tokens == 0
-    assert torch.equal(moment.finish(), torch.zeros(8, 8))
+    hessian = HessianAccumulator(8, "cpu")
+    hessian.add(torch.empty(2, 0, 8))
+    assert hessian.tokens == 0
+    assert torch.equal(hessian.finish(), torch.zeros(8, 8))
 
 
 def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = tokens(300, 24)
-    moment = SecondMoment(24, "cpu")
-    moment.add(x[:100] if rank == 0 else x[100:])
-    moment.all_reduce()
-    assert moment.tokens == 300
-    torch.save(moment.finish(), f"{folder}/{rank}.pt")
+    hessian = HessianAccumulator(24, "cpu")
+    hessian.add(x[:100] if rank == 0 else x[100:])
+    hessian.all_reduce()
+    assert hessian.tokens == 300
+    torch.save(hessian.finish(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED
 from llm_quantize.evaluation.perplexity import measure
 from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
-from llm_quantize.solver.hessian import SecondMoment
+from llm_quantize.solver.hessian import HessianAccumulator
 from models import CPU
 from reference import write_rtn_checkpoint
 
@@ -64,7 +64,7 @@ def test_channels_stand_out(model: Path, windows: torch.Tensor) -> None:
     name, block = source.blocks[0], source.modules[0]
     source.load(block, name, CPU, torch.float32)
     groups = block_forward.distinct_inputs(block, states, calls.kwargs[0])
-    sums = [SecondMoment(block.get_submodule(g[0]).in_features, CPU) for g in groups]  # type: ignore[arg-type]
+    sums = [HessianAccumulator(block.get_submodule(g[0]).in_features, CPU) for g in groups]  # type: ignore[arg-type]
     batch = block_forward.MicroBatch(CPU, 128, 1024)
     block_forward.capture(block, states, calls.kwargs[0], groups, batch, lambda i, x: sums[i].add(x))
     for total in sums:

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from llm_quantize.errors import InputError
 from llm_quantize.formats.layouts import HOLDS
 from llm_quantize.formats.packing import check_shape, pack, planned, quantization_config, unpack
-from llm_quantize.solver.qparams import Grid
+from llm_quantize.solver.qparams import QParams
 from reference import (
     Layer,
     groups_in_order,
@@ -61,7 +61,7 @@ def random_layer(bits: int, symmetric: bool, out: int, width: int, group_size: i
 def product_pack(
     layout: str, layer: Layer, bits: int, symmetric: bool, group_size: int, device: str = "cpu", **more: Any
 ) -> dict[str, torch.Tensor]:
-    grid = Grid(
+    grid = QParams(
         torch.from_numpy(layer.scales).to(device), torch.from_numpy(layer.zeros.astype(np.float32)).to(device)
     )
     q = torch.from_numpy(layer.q.astype(np.uint8)).to(device)
@@ -90,8 +90,8 @@ def test_words_equal_the_independent_packer(
             assert tensor.cpu().numpy().dtype == expected[name].dtype, name
             np.testing.assert_array_equal(tensor.cpu().numpy(), expected[name], err_msg=name)
 
-    ahead = planned(layout, 64, 96, group_size, bits, symmetric=symmetric)
-    assert ahead == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    prefetch = planned(layout, 64, 96, group_size, bits, symmetric=symmetric)
+    assert prefetch == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
     q, scale, zero = unpack(layout, found, bits, group_size)
     assert (q.dtype, scale.dtype, zero.dtype) == (torch.uint8, torch.float32, torch.float32)
     np.testing.assert_array_equal(q.cpu().numpy(), layer.q)
@@ -111,16 +111,16 @@ def test_independent_unpacker_reads_the_words(layout: str, bits: int, symmetric:
     np.testing.assert_array_equal(found.dequantized(), layer.dequantized())
 
 
-def one_row_in(values: list[int], zero: int = 8) -> tuple[torch.Tensor, Grid]:
+def one_row_in(values: list[int], zero: int = 8) -> tuple[torch.Tensor, QParams]:
     """`values` as 8 equal rows' only input channels: (8, n), one group."""
     q = torch.tensor([values] * 8, dtype=torch.uint8)
-    return q, Grid(torch.full((8, 1), 0.5), torch.full((8, 1), float(zero)))
+    return q, QParams(torch.full((8, 1), 0.5), torch.full((8, 1), float(zero)))
 
 
 def test_awq_words_by_hand() -> None:
     # One input channel whose eight output channels hold 0 ... 7: low nibble first 0, 2, 4, 6, 1, 3, 5, 7.
     q = torch.arange(8, dtype=torch.uint8).reshape(8, 1)
-    grid = Grid(torch.full((8, 1), 0.5), torch.arange(8.0).reshape(8, 1))
+    grid = QParams(torch.full((8, 1), 0.5), torch.arange(8.0).reshape(8, 1))
     found = pack("awq", q, grid, -1, 4, symmetric=False)
     assert found["qweight"].tolist() == [[0x75316420]]
     assert found["qzeros"].tolist() == [[0x75316420]]
@@ -144,7 +144,7 @@ def test_gptq_three_bits_cross_words_by_hand() -> None:
     # All ones in values 10 (bits 30, 31 and 32) and 21 (bits 63, 64, 65); the other 30 are zero.
     q = torch.zeros(32, 32, dtype=torch.uint8)
     q[:, [10, 21]] = 7
-    grid = Grid(torch.ones(32, 1), torch.ones(32, 1))
+    grid = QParams(torch.ones(32, 1), torch.ones(32, 1))
     found = pack("gptq", q, grid, -1, 3, symmetric=False)
     assert found["qweight"][:, 0].tolist() == [0xC0000000 - 2**32, 0x80000001 - 2**32, 0x00000003]
     assert found["qzeros"].tolist() == [[0, 0, 0]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm_quantize.model import block_forward, suspended_forward
 from llm_quantize.model.block_forward import MicroBatch
 from llm_quantize.model.source import Source
-from llm_quantize.model.suspended_forward import Passes, walk
+from llm_quantize.model.suspended_forward import SuspendedForwards, resume_together
 from models import CPU, FAMILIES
 
 Opened = tuple[Source, block_forward.States, dict[str, Any]]
@@ -24,11 +24,11 @@ def groups_of(found: Opened) -> list[list[str]]:
     return block_forward.distinct_inputs(source.modules[0], states, kwargs)
 
 
-def begun(found: Opened, room: float, windows: int = 2, **more: Any) -> Passes:
+def begun(found: Opened, suspension_budget: float, windows: int = 2, **more: Any) -> SuspendedForwards:
     source, states, kwargs = found
     stops = [paths[0] for paths in groups_of(found)]
     batch = MicroBatch(CPU, states.length, 1, tokens=windows * states.length)
-    return Passes(source.modules[0], states, kwargs, stops, batch, room, **more)
+    return SuspendedForwards(source.modules[0], states, kwargs, stops, batch, suspension_budget, **more)
 
 
 def whole(found: Opened, path: str | None) -> Tensor:
@@ -58,8 +58,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return begins
 
 
-def reached(running: Passes, index: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for (found,) in walk((running,), index):
+def reached(running: SuspendedForwards, index: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for (found,) in resume_together((running,), index):
         assert found is not None
         yield found
 
@@ -69,15 +69,17 @@ def disturb(block: nn.Module, paths: list[str]) -> None:
         block.get_parameter(f"{path}.weight").data.mul_(0.9)
 
 
-@pytest.mark.parametrize("room", [0.0, 20_000.0, 1e9], ids=["none held", "some held", "all held"])
+@pytest.mark.parametrize(
+    "suspension_budget", [0.0, 20_000.0, 1e9], ids=["none held", "some held", "all held"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_linear_sees_its_predecessors_as_they_are_now(
-    family: str, room: float, opened: Callable[[str], Opened], monkeypatch: pytest.MonkeyPatch
+    family: str, suspension_budget: float, opened: Callable[[str], Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = opened(family)
     source, states, _ = found
     block, groups = source.modules[0], groups_of(found)
-    running = begun(found, room)
+    running = begun(found, suspension_budget)
     begun_passes = counted(monkeypatch)
     with running:
         for index, paths in enumerate(groups):
@@ -88,17 +90,17 @@ def test_each_linear_sees_its_predecessors_as_they_are_now(
         running.advance("block")
     assert torch.equal(states.data.flatten(0, 1), expected)
     made, without = len(begun_passes), 4 * (len(groups) + 1)
-    assert made == {0.0: without, 1e9: 4}.get(room, made)
+    assert made == {0.0: without, 1e9: 4}.get(suspension_budget, made)
     assert 4 <= made <= without
     assert all(not module._forward_pre_hooks for module in block.modules())
 
 
-@pytest.mark.parametrize("room", [0.0, 1e9])
-def test_what_entered_a_module_before(room: float, opened: Callable[[str], Opened]) -> None:
+@pytest.mark.parametrize("suspension_budget", [0.0, 1e9])
+def test_what_entered_a_module_before(suspension_budget: float, opened: Callable[[str], Opened]) -> None:
     found = opened("llama")
     groups = groups_of(found)
     wanted = {groups.index(["self_attn.o_proj"]): None, groups.index(["mlp.down_proj"]): "mlp"}
-    with begun(found, room, before=wanted) as running:
+    with begun(found, suspension_budget, before=wanted) as running:
         for index in range(len(groups)):
             seen = [stream for _, stream in reached(running, index)]
             if index not in wanted:
@@ -139,7 +141,7 @@ def test_memory_that_runs_out(opened: Callable[[str], Opened], monkeypatch: pyte
     again = begun(opened("llama"), 1e9)
     largest = 0
     with again, pytest.raises(torch.cuda.OutOfMemoryError):
-        list(walk((again,), len(groups) - 1))
+        list(resume_together((again,), len(groups) - 1))
 
 
 def test_what_is_given_up_ends(opened: Callable[[str], Opened]) -> None:
@@ -147,7 +149,7 @@ def test_what_is_given_up_ends(opened: Callable[[str], Opened]) -> None:
     found = opened("llama")
     expected = whole(found, None)
     with begun(found, 1e9) as running:
-        list(walk((running,), 1))
+        list(resume_together((running,), 1))
         halted = list(running._halted.values())
         assert len(halted) == 4
         assert not any(each.dead for each in halted)
@@ -158,31 +160,33 @@ def test_what_is_given_up_ends(opened: Callable[[str], Opened]) -> None:
 
 
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert suspended_forward.room(CPU, None, 64, 2048) > 0
+    assert suspended_forward.suspension_budget(CPU, None, 64, 2048) > 0
     monkeypatch.setattr(block_forward, "free_memory", lambda device, limit: limit or 1e9)
     cuda = torch.device("cuda", 0)
     solving = 4 * (2.5 * 64**2 + 6 * 2048)
-    assert suspended_forward.room(cuda, None, 64, 2048) == pytest.approx(0.6 * (1e9 - solving))
-    assert suspended_forward.room(cuda, 10.0, 64, 2048) == 0
+    assert suspended_forward.suspension_budget(cuda, None, 64, 2048) == pytest.approx(0.6 * (1e9 - solving))
+    assert suspended_forward.suspension_budget(cuda, 10.0, 64, 2048) == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("room", [0.0, 2e5, 1e9])
-def test_states_in_host_memory(room: float, saved: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("suspension_budget", [0.0, 2e5, 1e9])
+def test_states_in_host_memory(suspension_budget: float, saved: Callable[..., Path]) -> None:
     """They travel beside the work, and arrive as they would have been on the device."""
     cuda, ends = torch.device("cuda", 0), []
-    for home in (cuda, CPU):
+    for storage in (cuda, CPU):
         source = Source.open(saved("llama", torch.float32))
         tokens = torch.randint(3, 2048, (37, 64), generator=torch.Generator().manual_seed(1))
-        states, calls = block_forward.embed(source, tokens, home, cuda, torch.float32)
-        assert states.data.is_pinned() == (home == CPU)
+        states, calls = block_forward.embed(source, tokens, storage, cuda, torch.float32)
+        assert states.data.is_pinned() == (storage == CPU)
         batch = MicroBatch(cuda, states.length, 1, tokens=5 * states.length)
         for index, name in enumerate(source.blocks):
             block = source.modules[index]
             source.load(block, name, cuda, torch.float32)
             groups = block_forward.distinct_inputs(block, states, calls.kwargs[index])
-            with Passes(block, states, calls.kwargs[index], [g[0] for g in groups], batch, room) as running:
+            with SuspendedForwards(
+                block, states, calls.kwargs[index], [g[0] for g in groups], batch, suspension_budget
+            ) as running:
                 for group, paths in enumerate(groups):
                     assert sum(x.shape[0] for x, _ in reached(running, group)) == 37 * 64
                     disturb(block, paths)

@@ -125,9 +125,9 @@ def test_report(runs: Runs) -> None:
         assert 0 < layer["error"] < 0.05
         assert layer["fallback"] is None
         assert layer["dead"] == 0
-    assert any(layer["exponent"] for layer in report["layers"])
+    assert any(layer["alpha"] for layer in report["layers"])
     report = json.loads((runs("gptq").path / "quantization_report.json").read_text())
-    assert all(layer["exponent"] is None for layer in report["layers"])
+    assert all(layer["alpha"] is None for layer in report["layers"])
 
 
 # -- families
@@ -144,7 +144,7 @@ def test_families(family: str, method: str, saved: Callable[..., Path], runs: Ru
     sides(run.path, source)
     if method == "awq":
         report = json.loads((run.path / "quantization_report.json").read_text())
-        assert any(layer["exponent"] for layer in report["layers"])
+        assert any(layer["alpha"] for layer in report["layers"])
     ids = torch.randint(3, 2048, (4, 64), generator=torch.Generator().manual_seed(5))
     measured = measure(Source.open(source), run.path, ids, CPU)
     assert measured.kl < 0.02
@@ -308,12 +308,12 @@ class _Full:
     ("where", "call"),
     [
         ("llm_quantize.model.source.Source.load", 4),
-        ("llm_quantize.solver.hessian.SecondMoment.finish", 9),
-        ("llm_quantize.blockwise.solve.Factorization", 9),
-        ("llm_quantize.blockwise.solve.descend", 9),
+        ("llm_quantize.solver.hessian.HessianAccumulator.finish", 9),
+        ("llm_quantize.blockwise.block_solution.Factorization", 9),
+        ("llm_quantize.blockwise.block_solution.descend", 9),
         ("llm_quantize.model.block_forward.forward", 2),  # to see which linears share an input
         ("llm_quantize.model.block_forward.forward", 3),  # for second moments
-        ("llm_quantize.solver.hessian.SecondMoment.add", 5),  # between them
+        ("llm_quantize.solver.hessian.HessianAccumulator.add", 5),  # between them
     ],
 )
 def test_out_of_memory_once(
@@ -345,7 +345,9 @@ def test_out_of_memory_once(
 def test_out_of_memory_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llm_quantize.blockwise.solve.Factorization", _Full(lambda: None, *range(1000)))
+    monkeypatch.setattr(
+        "llm_quantize.blockwise.block_solution.Factorization", _Full(lambda: None, *range(1000))
+    )
     assert gptq_quantize.main([*QUICK, "--output_path", str(tmp_path / "out")]) == 1
     line = said(capsys)
     assert "out of memory on cpu in model.layers.0 (1.34 GiB more were asked for)" in line
@@ -368,16 +370,19 @@ def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return real(run, index, *rest)
 
     monkeypatch.setattr(loop, "_block", block)
-    for name, home in (("in order", "cpu"), ("at once", "meta")):
-        monkeypatch.setattr("llm_quantize.pipeline.states_home", lambda *_, home=home: torch.device(home))
+    for name, storage in (("in order", "cpu"), ("at once", "meta")):
         monkeypatch.setattr(
-            "llm_quantize.pipeline.Course", lambda batch, home, in_order: loop.Course(batch, CPU, in_order)
+            "llm_quantize.pipeline.choose_storage", lambda *_, storage=storage: torch.device(storage)
+        )
+        monkeypatch.setattr(
+            "llm_quantize.pipeline.ExecutionPlan",
+            lambda batch, storage, in_order: loop.ExecutionPlan(batch, CPU, in_order),
         )
         if name == "at once":
-            monkeypatch.setattr(loop, "walk", lambda *_: pytest.fail("a pass halted"))
+            monkeypatch.setattr(loop, "resume_together", lambda *_: pytest.fail("a pass halted"))
             stop.append(KeyboardInterrupt)
             assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 130
-            monkeypatch.setattr("llm_quantize.pipeline.states_home", lambda *_: CPU)
+            monkeypatch.setattr("llm_quantize.pipeline.choose_storage", lambda *_: CPU)
         assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 0
         report = json.loads((tmp_path / name / "quantization_report.json").read_text())
         quality[name] = report["measured"]["kl"]

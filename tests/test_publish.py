@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.io.atomic_directory import Staging, check_target
+from llm_quantize.io.atomic_directory import AtomicDirectory, check_target
 
 
 def names(folder: Path) -> set[str]:
@@ -25,9 +25,9 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def write(target: Path, text: str = "new", *, overwrite: bool = False) -> None:
-    with Staging(target, overwrite=overwrite) as staging:
-        staging.write_json("config.json", {"text": text})
-        staging.publish()
+    with AtomicDirectory(target, overwrite=overwrite) as output_dir:
+        output_dir.write_json("config.json", {"text": text})
+        output_dir.publish()
 
 
 def text(target: Path) -> str:
@@ -40,45 +40,45 @@ def text(target: Path) -> str:
 
 
 def test_publishing(tmp_path: Path) -> None:
-    with Staging(tmp_path / "a" / "b" / "out", overwrite=False) as staging:
-        staging.write_json("config.json", {"text": "é"})
+    with AtomicDirectory(tmp_path / "a" / "b" / "out", overwrite=False) as output_dir:
+        output_dir.write_json("config.json", {"text": "é"})
         with pytest.raises(ValueError, match="not a plain file name"):
-            staging.write_json("../config.json", {})
+            output_dir.write_json("../config.json", {})
         assert names(tmp_path / "a" / "b") == {".out.partial"}
-        staging.publish()
+        output_dir.publish()
     assert names(tmp_path / "a" / "b") == {"out"}
     assert names(tmp_path / "a" / "b" / "out") == {"config.json"}
     assert text(tmp_path / "a" / "b" / "out") == "é"
 
 
 def test_leaving_leaves_nothing(tmp_path: Path) -> None:
-    with Staging(tmp_path / "a" / "out", overwrite=False) as staging:
-        staging.write_json("config.json", {})
+    with AtomicDirectory(tmp_path / "a" / "out", overwrite=False) as output_dir:
+        output_dir.write_json("config.json", {})
     assert names(tmp_path) == set()
 
 
 def test_what_is_kept_is_there_again(tmp_path: Path) -> None:
-    with Staging(tmp_path / "out", overwrite=False) as staging:
-        staging.write_json("config.json", {"text": "half"})
-        (staging.work / "journal").write_text("something")
-        staging.keep = True
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+        output_dir.write_json("config.json", {"text": "half"})
+        (output_dir.work / "journal").write_text("something")
+        output_dir.keep = True
     for _ in range(2):  # looking at it changes nothing
-        with Staging(tmp_path / "out", overwrite=False) as staging:
-            assert staging.keep
-            assert text(staging.content) == "half"
-    with Staging(tmp_path / "out", overwrite=False) as staging:
-        staging.clear()
-        assert names(staging.content) == set()
+        with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+            assert output_dir.keep
+            assert text(output_dir.content) == "half"
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+        output_dir.clear()
+        assert names(output_dir.content) == set()
     assert names(tmp_path) == set()
 
 
 def test_overwrite_replaces_at_the_end(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     (tmp_path / "out" / "old.bin").write_text("old")
-    with Staging(tmp_path / "out", overwrite=True) as staging:
-        staging.write_json("config.json", {"text": "new"})
+    with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
+        output_dir.write_json("config.json", {"text": "new"})
         assert text(tmp_path / "out") == "old"
-        staging.publish()
+        output_dir.publish()
     assert names(tmp_path) == {"out"}
     assert names(tmp_path / "out") == {"config.json"}
     assert text(tmp_path / "out") == "new"
@@ -115,10 +115,10 @@ def test_old_comes_back_when_the_rename_fails(
 
 def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
     def work() -> None:
-        with Staging(tmp_path / "out", overwrite=False) as staging:
-            staging.write_json("config.json", {"text": "new"})
+        with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+            output_dir.write_json("config.json", {"text": "new"})
             write_other()
-            staging.publish()
+            output_dir.publish()
 
     def write_other() -> None:
         (tmp_path / "out").mkdir()
@@ -136,21 +136,21 @@ def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
 def test_killed_between_the_renames(tmp_path: Path) -> None:
     """The old one comes back, nothing of the new one is lost, and then it is published."""
     write(tmp_path / "out", "old")
-    with Staging(tmp_path / "out", overwrite=True) as staging:
-        staging.write_json("config.json", {"text": "new"})
-        (staging.work / "journal").write_text("something")
-        staging.keep = True
+    with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
+        output_dir.write_json("config.json", {"text": "new"})
+        (output_dir.work / "journal").write_text("something")
+        output_dir.keep = True
     (tmp_path / "out").rename(tmp_path / ".out.old")
     with (
         pytest.raises(InputError, match="exists: use --overwrite"),
-        Staging(tmp_path / "out", overwrite=False),
+        AtomicDirectory(tmp_path / "out", overwrite=False),
     ):
         pytest.fail("not refused")
     assert names(tmp_path) == {"out", ".out.partial"}
-    with Staging(tmp_path / "out", overwrite=True) as staging:
+    with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
         assert text(tmp_path / "out") == "old"
-        assert text(staging.content) == "new"
-        staging.publish()
+        assert text(output_dir.content) == "new"
+        output_dir.publish()
     assert names(tmp_path) == {"out"}
     assert text(tmp_path / "out") == "new"
 
@@ -162,7 +162,7 @@ def test_killed_after_the_renames(tmp_path: Path) -> None:
     (tmp_path / ".out.partial" / "journal").write_text("something")
     with (
         pytest.raises(InputError, match="exists: use --overwrite"),
-        Staging(tmp_path / "out", overwrite=False),
+        AtomicDirectory(tmp_path / "out", overwrite=False),
     ):
         pytest.fail("not refused")
     assert names(tmp_path) == {"out"}
@@ -173,26 +173,26 @@ def test_killed_after_the_renames(tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_refused(tmp_path: Path) -> None:
-    with Staging(tmp_path / "out", overwrite=False) as staging:
-        staging.write_json("config.json", {"text": "new"})
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+        output_dir.write_json("config.json", {"text": "new"})
         with (
             pytest.raises(InputError, match=r"another run is writing .*/out: wait for it") as caught,
-            Staging(tmp_path / "out", overwrite=False),
+            AtomicDirectory(tmp_path / "out", overwrite=False),
         ):
             pytest.fail("not refused")
         assert "\n" not in str(caught.value)
-        assert names(staging.content) == {"config.json"}
-        staging.publish()
+        assert names(output_dir.content) == {"config.json"}
+        output_dir.publish()
     assert text(tmp_path / "out") == "new"
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     code = (
         "import sys, os; sys.path.insert(0, sys.argv[2])\n"
-        "from pathlib import Path\nfrom llm_quantize.io.publish import Staging\n"
-        "Staging(Path(sys.argv[1]), overwrite=False).__enter__()\nos._exit(9)"
+        "from pathlib import Path\nfrom llm_quantize.io.atomic_directory import AtomicDirectory\n"
+        "AtomicDirectory(Path(sys.argv[1]), overwrite=False).__enter__()\nos._exit(9)"
     )
-    module = Path(sys.modules["llm_quantize.io.publish"].__file__ or "").parents[2]
+    module = Path(sys.modules["llm_quantize.io.atomic_directory"].__file__ or "").parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), str(module)], check=False)
     assert done.returncode == 9
     assert names(tmp_path) == {".out.partial"}
@@ -204,7 +204,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def unsupported(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr("llm_quantize.io.publish.fcntl.flock", unsupported)
+    monkeypatch.setattr("llm_quantize.io.atomic_directory.fcntl.flock", unsupported)
     write(tmp_path / "out")
     assert text(tmp_path / "out") == "new"
 
@@ -219,10 +219,10 @@ def test_side_files(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
     (source / "inner.txt").symlink_to("tokenizer.json")
     (source / "outer.txt").symlink_to(tmp_path / "secret")
-    with Staging(tmp_path / "out", overwrite=False) as staging:
-        staging.write_json("config.json", {})
-        assert staging.copy(sorted(source.iterdir())) == ("outer.txt",)
-        staging.publish()
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+        output_dir.write_json("config.json", {})
+        assert output_dir.copy(sorted(source.iterdir())) == ("outer.txt",)
+        output_dir.publish()
     out = tmp_path / "out"
     assert names(out) == {"config.json", "tokenizer.json", "inner.txt"}
     assert (out / "inner.txt").read_text() == "{}"
@@ -235,9 +235,9 @@ def test_side_files_of_a_hub_cache(tmp_path: Path) -> None:
     (tmp_path / "models--x" / "blobs").mkdir()
     (tmp_path / "models--x" / "blobs" / "1234").write_text("vocabulary")
     (snapshot / "vocab.txt").symlink_to("../../blobs/1234")
-    with Staging(tmp_path / "out", overwrite=False) as staging:
-        assert staging.copy([snapshot / "vocab.txt"]) == ()
-        assert (staging.content / "vocab.txt").read_text() == "vocabulary"
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
+        assert output_dir.copy([snapshot / "vocab.txt"]) == ()
+        assert (output_dir.content / "vocab.txt").read_text() == "vocabulary"
 
 
 # --- the target before the work ---------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused("source model's directory or inside", tmp_path / "link")
     refused("holds the source model", tmp_path / "models")
     refused(r"too little disk at .* free \d+\.\d\d GiB or choose", tmp_path / "out", needed=1 << 60)
-    monkeypatch.setattr("llm_quantize.io.publish.os.access", lambda *_: False)
+    monkeypatch.setattr("llm_quantize.io.atomic_directory.os.access", lambda *_: False)
     refused("is not writable", tmp_path / "new" / "out")
     assert names(tmp_path) == {"file", "photos", "models", "link"}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.block_solution import EFFORTS, BlockChanges, SolveOptions, solve_block
+from llm_quantize.blockwise.block_solution import QUALITY_PRESETS, BlockChanges, SolveOptions, solve_block
 from llm_quantize.kernels import cholesky
 from llm_quantize.kernels.launcher import on_triton
-from llm_quantize.kernels.streams import Lanes
-from llm_quantize.model.awq_mappings import Fold
+from llm_quantize.kernels.streams import StreamPool
+from llm_quantize.model.awq_mappings import AWQMapping
 from llm_quantize.solver.awq_scales import candidates, choose_scales, scale_
 from llm_quantize.solver.gptq import (
     Factor,
@@ -26,16 +26,16 @@ from llm_quantize.solver.gptq import (
     output_error,
 )
 from llm_quantize.solver.qparams import (
-    Grid,
-    GridSpec,
-    SearchEffort,
+    QParams,
+    QuantScheme,
+    ScaleSearch,
     dequantize,
-    metric_blocks,
-    minmax_grid,
+    hessian_blocks,
+    minmax_qparams,
     round_to_nearest,
-    search_grid,
+    search_qparams,
 )
-from models import second_moment, weights
+from models import random_hessian, weights
 
 
 def condition(H: Tensor, damping: float) -> Tensor:
@@ -45,7 +45,7 @@ def condition(H: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def plain_gptq(W: Tensor, grid: Grid, spec: GridSpec, H: Tensor, order: list[int]) -> Tensor:
+def plain_gptq(W: Tensor, grid: QParams, spec: QuantScheme, H: Tensor, order: list[int]) -> Tensor:
     """One column after another, from the inverse itself, in float64: eq. 2 and 3 of the paper."""
     W, H = W.double().clone(), H.double()
     inverse = torch.linalg.inv(H[order][:, order])
@@ -53,7 +53,7 @@ def plain_gptq(W: Tensor, grid: Grid, spec: GridSpec, H: Tensor, order: list[int
     for step, column in enumerate(order):
         s = grid.scale[:, column // spec.group_size].double()
         z = grid.zero[:, column // spec.group_size].double()
-        integer = (torch.round(W[:, column] / s) + z).clamp(0, spec.levels)
+        integer = (torch.round(W[:, column] / s) + z).clamp(0, spec.qmax)
         q[:, column] = integer.to(torch.uint8)
         error = (W[:, column] - (integer - z) * s) / inverse[0, 0]
         for place, other in enumerate(order[step + 1 :], 1):
@@ -68,9 +68,9 @@ def plain_gptq(W: Tensor, grid: Grid, spec: GridSpec, H: Tensor, order: list[int
     [(32, 32, 4, True), (96, 32, 2, False), (160, 160, 3, True), (200, 40, 4, False), (384, 128, 8, True)],
 )
 def test_compensate_is_gptq(width: int, group: int, bits: int, symmetric: bool, act_order: bool) -> None:
-    W, H = weights(24, width), second_moment(width, 4 * width)
-    spec = GridSpec(bits, group, symmetric)
-    grid = minmax_grid(W, spec)
+    W, H = weights(24, width), random_hessian(width, 4 * width)
+    spec = QuantScheme(bits, group, symmetric)
+    grid = minmax_qparams(W, spec)
     factor = factorize(H.clone(), 0.05, act_order=act_order)
     damped = condition(H, 0.05)
     found = compensate(W, grid, spec, factor)
@@ -87,8 +87,8 @@ def test_compensate_is_gptq(width: int, group: int, bits: int, symmetric: bool, 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_identity_gives_rounding_to_nearest(act_order: bool) -> None:
     W = weights(40, 160)
-    spec = GridSpec(3, 32, False)
-    grid = minmax_grid(W, spec)
+    spec = QuantScheme(3, 32, False)
+    grid = minmax_qparams(W, spec)
     q = compensate(W, grid, spec, factorize(torch.eye(160), 0.1, act_order=act_order))
     assert torch.equal(q, round_to_nearest(W, grid, spec))
     descended, after = descend(W, q, grid, spec, torch.eye(160), sweeps=2, refit=False)
@@ -99,7 +99,7 @@ def test_identity_gives_rounding_to_nearest(act_order: bool) -> None:
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("width", [48, 700])
 def test_factor(width: int, act_order: bool) -> None:
-    H = second_moment(width, 3 * width)
+    H = random_hessian(width, 3 * width)
     factor = factorize(H.clone(), 0.01, act_order=act_order)
     assert factor.damping == 0.01
     assert torch.equal(factor.U, factor.U.triu())
@@ -141,13 +141,13 @@ def test_condition() -> None:
 
 
 def test_dead_channels() -> None:
-    H = second_moment(64, 256)
+    H = random_hessian(64, 256)
     dead = [3, 17, 63]
     H[dead] = 0
     H[:, dead] = 0
     W = weights(16, 64)
-    spec = GridSpec(4, 32, True)
-    grid = minmax_grid(W, spec)
+    spec = QuantScheme(4, 32, True)
+    grid = minmax_qparams(W, spec)
     q = compensate(W, grid, spec, factorize(H.clone(), 0.1, act_order=True))
     assert torch.equal(q[:, dead], round_to_nearest(W, grid, spec)[:, dead])
 
@@ -170,7 +170,7 @@ def test_strips_leave_nothing_out(width: int, dtype: torch.dtype) -> None:
 
 
 def test_factorize_leaves_the_damped_one() -> None:
-    H = second_moment(48, 200)
+    H = random_hessian(48, 200)
     H[5] = H[:, 5] = 0
     expected = condition(H, 0.1)
     factorize(H, 0.1, act_order=True)
@@ -207,7 +207,7 @@ def test_indefinite_raises_damping_step_by_step() -> None:
 
 @pytest.mark.parametrize("where", [(2, 2), (3, 9)])
 def test_nan_has_no_factor(where: tuple[int, int]) -> None:
-    H = second_moment(32, 128)
+    H = random_hessian(32, 128)
     H[where] = H[where[::-1]] = float("nan")
     with pytest.raises(NotFactorizable):
         factorize(H.clone(), 0.1, act_order=False)
@@ -221,9 +221,9 @@ def test_spans_change_nothing_but_the_order_of_sums(
     """However many columns wait before the others are told: as with one span, which is the whole row."""
     from llm_quantize.solver import gptq
 
-    W, H = weights(24, 800), condition(second_moment(800, 2400), 0.05)
-    spec = GridSpec(4, group, True)
-    grid = search_grid(W, metric_blocks(H, group), spec)
+    W, H = weights(24, 800), condition(random_hessian(800, 2400), 0.05)
+    spec = QuantScheme(4, group, True)
+    grid = search_qparams(W, hessian_blocks(H, group), spec)
     results = []
     for size in (4096, span):
         monkeypatch.setattr(gptq, "SPAN", size)
@@ -260,13 +260,13 @@ def test_products_of_half_precision_cost_nothing(
     W, channels = weights(200, width) * size**0.25, torch.ones(width)
     W[::5] *= 1e-3
     channels[7::50], channels[9::50] = 1e3, 1e-3
-    H = condition(second_moment(width, 3 * width), 0.02) * channels * channels[:, None] * size
+    H = condition(random_hessian(width, 3 * width), 0.02) * channels * channels[:, None] * size
     W /= channels
-    spec = GridSpec(bits, group, symmetric)
-    grid = search_grid(W, metric_blocks(H, group), spec)
+    spec = QuantScheme(bits, group, symmetric)
+    grid = search_qparams(W, hessian_blocks(H, group), spec)
     errors = []
     for takes in (True, False):
-        monkeypatch.setattr(cholesky, "takes_halves", lambda _, takes=takes: takes)
+        monkeypatch.setattr(cholesky, "has_half_products", lambda _, takes=takes: takes)
         factor = factorize(H.clone(), 1e-4, act_order=True)
         q = compensate(W, grid, spec, factor)
         found = descend(W, q, grid, spec, H, sweeps=2, refit=True)
@@ -290,9 +290,9 @@ def quadratic(W: Tensor, V: Tensor, H: Tensor) -> Tensor:
     ("width", "group"), [(64, 32), (256, 128), (320, 160), (384, 192), (200, 200), (512, 256)]
 )
 def test_descend_never_grows(width: int, group: int, refit: bool, symmetric: bool) -> None:
-    W, H = weights(20, width), condition(second_moment(width, 3 * width), 0.05)
-    spec = GridSpec(3, group, symmetric, scale_dtypes=(torch.bfloat16, torch.float16))
-    grid = search_grid(W, metric_blocks(H, group), spec)
+    W, H = weights(20, width), condition(random_hessian(width, 3 * width), 0.05)
+    spec = QuantScheme(3, group, symmetric, scale_dtypes=(torch.bfloat16, torch.float16))
+    grid = search_qparams(W, hessian_blocks(H, group), spec)
     q = compensate(W, grid, spec, factorize(H.clone(), 0.0, act_order=True))
     before = quadratic(W, dequantize(q, grid, group), H)
     scale = grid.scale.clone()
@@ -310,9 +310,9 @@ def test_descend_never_grows(width: int, group: int, refit: bool, symmetric: boo
 
 def test_sweeps_follow_each_other() -> None:
     """What a sweep changed is known to the next one: several in one call are as good as one call after another."""
-    W, H = weights(40, 512), condition(second_moment(512, 1500), 0.02)
-    spec = GridSpec(3, 64, False)
-    grid = minmax_grid(W, spec)
+    W, H = weights(40, 512), condition(random_hessian(512, 1500), 0.02)
+    spec = QuantScheme(3, 64, False)
+    grid = minmax_qparams(W, spec)
     q = round_to_nearest(W, grid, spec)
     once = descend(W, q, grid, spec, H, sweeps=4, refit=True)
     singly = (q, grid)
@@ -323,9 +323,9 @@ def test_sweeps_follow_each_other() -> None:
 
 
 def test_descend_improves_and_ends_where_no_single_step_helps() -> None:
-    W, H = weights(30, 6), condition(second_moment(6, 40), 0.01)
-    spec = GridSpec(2, 6, False)
-    grid = minmax_grid(W, spec)
+    W, H = weights(30, 6), condition(random_hessian(6, 40), 0.01)
+    spec = QuantScheme(2, 6, False)
+    grid = minmax_qparams(W, spec)
     q = round_to_nearest(W, grid, spec)
     start = quadratic(W, dequantize(q, grid, 6), H)
     found, _ = descend(W, q, grid, spec, H, sweeps=20, refit=False)
@@ -353,13 +353,13 @@ def test_descend_improves_and_ends_where_no_single_step_helps() -> None:
                 )
 
 
-def one(grid: Grid, row: int) -> Grid:
-    return Grid(grid.scale[row : row + 1], grid.zero[row : row + 1])
+def one(grid: QParams, row: int) -> QParams:
+    return QParams(grid.scale[row : row + 1], grid.zero[row : row + 1])
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_scaled_factor_is_a_fresh_one(act_order: bool) -> None:
-    H = condition(second_moment(96, 300), 0.05)
+    H = condition(random_hessian(96, 300), 0.05)
     factor = factorize(H.clone(), 0.0, act_order=act_order)
     scale = torch.exp(torch.randn(96, generator=torch.Generator().manual_seed(2)) * 0.5)
     scaled, order = H / (scale[:, None] * scale), factor.order
@@ -411,16 +411,16 @@ def test_candidates_are_always_the_same() -> None:
 @pytest.mark.parametrize("size", [32, 1024])
 def test_channel_scales_of_every_group_size(size: int) -> None:
     """One search for all candidates finds what one for each does, also where groups are judged by the diagonal."""
-    W, H = weights(20, 1024), condition(second_moment(1024, 2048), 0.05)
+    W, H = weights(20, 1024), condition(random_hessian(1024, 2048), 0.05)
     factor = factorize(H.clone(), 0.0, act_order=True)
-    spec, effort = GridSpec(4, size, True), SearchEffort(8, 1)
+    spec, effort = QuantScheme(4, size, True), ScaleSearch(8, 1)
     chosen = choose_scales(W, H, factor, torch.arange(1024), 1024, spec, effort)
     index = int(chosen.losses.argmin())
-    s = candidates(H, torch.arange(1024), 1024, (chosen.exponent,))[0]
+    s = candidates(H, torch.arange(1024), 1024, (chosen.alpha,))[0]
     torch.testing.assert_close(chosen.scale, s)
     scaled, other = H.clone(), copy.deepcopy(factor)
     scale_(scaled, other, s)
-    grid = search_grid(W * s, metric_blocks(scaled, size), spec, effort)
+    grid = search_qparams(W * s, hessian_blocks(scaled, size), spec, effort)
     q = compensate(W * s, grid, spec, other)
     again = float(quadratic(W * s, dequantize(q, grid, size), scaled).sum())
     assert float(chosen.losses[index]) == pytest.approx(again, rel=0.01)
@@ -428,16 +428,16 @@ def test_channel_scales_of_every_group_size(size: int) -> None:
 
 def test_channel_scales_are_judged_by_the_rounding_that_follows() -> None:
     """The losses are those of really scaling, searching, compensating; no scaling is among them."""
-    W, H = weights(60, 64), condition(second_moment(64, 256), 0.05)
+    W, H = weights(60, 64), condition(random_hessian(64, 256), 0.05)
     factor = factorize(H.clone(), 0.0, act_order=True)
-    spec, effort = GridSpec(3, 32, False), SearchEffort(8, 1)
+    spec, effort = QuantScheme(3, 32, False), ScaleSearch(8, 1)
     chosen = choose_scales(W, H, factor, torch.arange(64), 64, spec, effort)
     assert chosen.losses[0] >= chosen.losses.min()
-    for exponent, loss in zip((0.0, 0.3, 0.6), (float(chosen.losses[i]) for i in (0, 3, 6)), strict=True):
-        (s,) = candidates(H, torch.arange(64), 64, (exponent,))
+    for alpha, loss in zip((0.0, 0.3, 0.6), (float(chosen.losses[i]) for i in (0, 3, 6)), strict=True):
+        (s,) = candidates(H, torch.arange(64), 64, (alpha,))
         scaled, other = H.clone(), copy.deepcopy(factor)
         scale_(scaled, other, s)
-        grid = search_grid(W * s, metric_blocks(scaled, 32), spec, effort)
+        grid = search_qparams(W * s, hessian_blocks(scaled, 32), spec, effort)
         q = compensate(W * s, grid, spec, other)
         again = float(quadratic(W * s, dequantize(q, grid, 32), scaled).sum())
         assert loss == pytest.approx(again, rel=0.01)
@@ -462,7 +462,7 @@ class Block(nn.Module):
         return result
 
 
-FOLDS = [Fold("norm", ("a", "b"), torch.arange(64)), Fold("b", ("c",), torch.arange(64))]
+FOLDS = [AWQMapping("norm", ("a", "b"), torch.arange(64)), AWQMapping("b", ("c",), torch.arange(64))]
 
 
 def options(**more: object) -> SolveOptions:
@@ -473,7 +473,7 @@ def options(**more: object) -> SolveOptions:
         "act_order": True,
         "dynamic_groups": False,
         "damping": 0.05,
-        "effort": EFFORTS["default"],
+        "effort": QUALITY_PRESETS["default"],
         "zero_min": 0,
         "scale_dtypes": (torch.float16,),
         "store": torch.float16,
@@ -494,20 +494,20 @@ def calibrated() -> tuple[Block, Tensor, list[Tensor | None]]:
     return block, x, [n.T @ n / 600, m.T @ m / 600]
 
 
-@pytest.mark.parametrize("folds", [[], FOLDS], ids=["gptq", "awq"])
+@pytest.mark.parametrize("mappings", [[], FOLDS], ids=["gptq", "awq"])
 @pytest.mark.parametrize("quality", ["fast", "default", "best"])
-def test_solve_block(quality: str, folds: list[Fold]) -> None:
-    block, x, moments = calibrated()
+def test_solve_block(quality: str, mappings: list[AWQMapping]) -> None:
+    block, x, hessians = calibrated()
     before = block(x).detach()
     plain = Block()
     plain.load_state_dict(block.state_dict())
-    spec = GridSpec(4, 32, False)
+    spec = QuantScheme(4, 32, False)
     with torch.no_grad():
         for linear in (plain.a, plain.b, plain.c):
-            grid = minmax_grid(linear.weight, spec)
+            grid = minmax_qparams(linear.weight, spec)
             linear.weight.copy_(dequantize(round_to_nearest(linear.weight, grid, spec), grid, 32))
         changes = BlockChanges()
-        given, asked = dict(enumerate(moments)), []
+        given, asked = dict(enumerate(hessians)), []
 
         def take(index: int) -> Tensor | None:
             asked.append(index)
@@ -515,7 +515,9 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
 
         groups = [["a", "b"], ["c"]]
         solved = list(
-            solve_block(block, "m.0", groups, take, folds, options(effort=EFFORTS[quality]), changes)
+            solve_block(
+                block, "m.0", groups, take, mappings, options(effort=QUALITY_PRESETS[quality]), changes
+            )
         )
         after, rtn = block(x), plain(x)
     for s in solved:
@@ -524,24 +526,24 @@ def test_solve_block(quality: str, folds: list[Fold]) -> None:
         assert s.report.fallback is None
         assert 0 < s.report.error < 0.02
     assert (after - before).pow(2).mean() < 0.8 * (rtn - before).pow(2).mean()
-    assert asked == ([1, 0] if folds else [0, 1])
-    assert [s.path for s in solved] == (["c", "a", "b"] if folds else ["a", "b", "c"])
-    exponents = {s.path: s.report.exponent for s in solved}
-    if folds:
-        assert exponents["c"]
-        assert exponents["a"] == exponents["b"] != 0
+    assert asked == ([1, 0] if mappings else [0, 1])
+    assert [s.path for s in solved] == (["c", "a", "b"] if mappings else ["a", "b", "c"])
+    alphas = {s.path: s.report.alpha for s in solved}
+    if mappings:
+        assert alphas["c"]
+        assert alphas["a"] == alphas["b"] != 0
         assert changes.names == {"norm.weight", "norm.bias", "b.bias"}
     else:
-        assert set(exponents.values()) == {None}
+        assert set(alphas.values()) == {None}
         assert not changes.names
 
 
-@pytest.mark.parametrize("folds", [[], FOLDS], ids=["gptq", "awq"])
-def test_side_by_side_changes_nothing(folds: list[Fold]) -> None:
+@pytest.mark.parametrize("mappings", [[], FOLDS], ids=["gptq", "awq"])
+def test_side_by_side_changes_nothing(mappings: list[AWQMapping]) -> None:
     """All factors, then all scales, then the rounding, or one group after another: the same bits."""
     found = []
-    for lanes in (None, Lanes()):
-        block, _, moments = calibrated()
+    for streams in (None, StreamPool()):
+        block, _, hessians = calibrated()
         changes = BlockChanges()
         with torch.no_grad():
             solved = list(
@@ -549,15 +551,15 @@ def test_side_by_side_changes_nothing(folds: list[Fold]) -> None:
                     block,
                     "m",
                     [["a", "b"], ["c"]],
-                    moments.__getitem__,
-                    folds,
+                    hessians.__getitem__,
+                    mappings,
                     options(),
                     changes,
                     None,
-                    lanes,
+                    streams,
                 )
             )
-        reports = [(s.path, s.report.name, s.report.error, s.report.exponent) for s in solved]
+        reports = [(s.path, s.report.name, s.report.error, s.report.alpha) for s in solved]
         found.append((reports, [s.q for s in solved], list(block.parameters()), changes.names))
     (reports, integers, parameters, names), other = found
     assert (reports, names) == (other[0], other[3])
@@ -565,8 +567,8 @@ def test_side_by_side_changes_nothing(folds: list[Fold]) -> None:
         assert torch.equal(one, same)
 
 
-@pytest.mark.parametrize("lanes", [None, Lanes()], ids=["one by one", "side by side"])
-def test_no_scaling_changes_nothing(lanes: Lanes | None) -> None:
+@pytest.mark.parametrize("streams", [None, StreamPool()], ids=["one by one", "side by side"])
+def test_no_scaling_changes_nothing(streams: StreamPool | None) -> None:
     """Where all channels carry as much, the scales are one, and no parameter but the rounded weights is touched."""
     block, _, _ = calibrated()
     with torch.no_grad():
@@ -585,18 +587,18 @@ def test_no_scaling_changes_nothing(lanes: Lanes | None) -> None:
                 options(),
                 changes,
                 None,
-                lanes,
+                streams,
             )
         )
-    assert [s.report.exponent for s in solved] == [0.0] * 3
+    assert [s.report.alpha for s in solved] == [0.0] * 3
     assert not changes.names
     for name, parameter in block.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in ("a.weight", "b.weight", "c.weight")), name
 
 
 def test_dynamic_groups_follow_the_order() -> None:
-    block, _, moments = calibrated()
-    H = moments[1]
+    block, _, hessians = calibrated()
+    H = hessians[1]
     assert H is not None
     order = activation_order(H)
     W = block.c.weight.detach().clone()
@@ -607,7 +609,7 @@ def test_dynamic_groups_follow_the_order() -> None:
                 block,
                 "m",
                 [["a", "b"], ["c"]],
-                moments.__getitem__,
+                hessians.__getitem__,
                 [],
                 options(dynamic_groups=True),
                 BlockChanges(),
@@ -624,30 +626,30 @@ def test_dynamic_groups_follow_the_order() -> None:
 
 @pytest.mark.parametrize("kind", ["missing", "nan", "indefinite"])
 def test_what_cannot_be_solved_is_rounded_to_nearest(kind: str) -> None:
-    block, _, moments = calibrated()
-    H = moments[1]
+    block, _, hessians = calibrated()
+    H = hessians[1]
     assert H is not None
     if kind == "missing":
-        moments[1] = None
+        hessians[1] = None
     elif kind == "nan":
         H[3, 4] = H[4, 3] = float("nan")
     else:
         H[0, 1] = H[1, 0] = 1e6
     W = block.c.weight.detach().clone()
-    spec = GridSpec(4, 32, False)
+    spec = QuantScheme(4, 32, False)
     with torch.no_grad():
         solved = list(
             solve_block(
-                block, "m", [["a", "b"], ["c"]], moments.__getitem__, FOLDS, options(), BlockChanges()
+                block, "m", [["a", "b"], ["c"]], hessians.__getitem__, FOLDS, options(), BlockChanges()
             )
         )
     c = next(s for s in solved if s.path == "c")
     assert c.report.fallback is not None
     assert "rounded to nearest" in c.report.fallback
-    assert c.report.exponent is None
+    assert c.report.alpha is None
     V = dequantize(c.q, c.grid, 32)
     assert torch.equal(block.c.weight, V)
-    plain = minmax_grid(W, spec)
+    plain = minmax_qparams(W, spec)
     assert (W - V).pow(2).sum() <= 1.05 * (W - dequantize(round_to_nearest(W, plain, spec), plain, 32)).pow(
         2
     ).sum()
@@ -659,5 +661,5 @@ def test_columns_twin_is_what_runs_here() -> None:
     assert not on_triton(torch.zeros(1))
     factor = Factor(torch.eye(2), [torch.eye(2)], torch.arange(2), torch.ones(2), 0.0)
     W = torch.tensor([[0.4, -0.6]])
-    grid = Grid(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
-    assert compensate(W, grid, GridSpec(2, 2, True), factor).tolist() == [[3, 1]]
+    grid = QParams(torch.tensor([[0.5]]), torch.tensor([[2.0]]))
+    assert compensate(W, grid, QuantScheme(2, 2, True), factor).tolist() == [[3, 1]]

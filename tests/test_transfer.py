@@ -21,8 +21,8 @@ from llm_quantize.checkpoint.writer import CheckpointWriter, digest
 from llm_quantize.errors import FinalError, WorkError
 from llm_quantize.evaluation.perplexity import measure
 from llm_quantize.io import pinned_copies, safetensors_files
-from llm_quantize.io.atomic_directory import Staging
-from llm_quantize.io.pinned_copies import Incoming, Outgoing
+from llm_quantize.io.atomic_directory import AtomicDirectory
+from llm_quantize.io.pinned_copies import DeviceToHostCopier, Prefetcher
 from llm_quantize.io.safetensors_files import Planned
 from llm_quantize.model import source
 from models import FAMILIES, write
@@ -33,7 +33,7 @@ def plain(size: int) -> Tensor:
     return torch.full((size,), 255, dtype=torch.uint8)
 
 
-class Late(Outgoing):
+class Late(DeviceToHostCopier):
     """As from a GPU: what the tensor holds now arrives only when it is waited for. Takes all tensors."""
 
     def __init__(self, size: int, allocate: Callable[[int], Tensor | None] = plain) -> None:
@@ -56,7 +56,7 @@ class Late(Outgoing):
 def test_places_do_not_overlap_and_come_back() -> None:
     out = Late(16 << 10)
     rng = random.Random(0)
-    held: list[tuple[pinned_copies.Landing, Tensor]] = []
+    held: list[tuple[pinned_copies.PendingCopy, Tensor]] = []
     for number in range(400):
         tensor = torch.full((rng.randint(1, 700),), number, dtype=torch.int32)
         with ThreadPoolExecutor(1) as pool:  # room may come only when an earlier one is released
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_left_to_the_caller() -> None:
     out = Late(1 << 12)
     assert out.take(torch.zeros(4097, dtype=torch.uint8)) is None
     assert out.take(torch.zeros(0)) is None
-    assert Outgoing(1 << 12, plain).take(torch.zeros(4)) is None  # in host memory already
+    assert DeviceToHostCopier(1 << 12, plain).take(torch.zeros(4)) is None  # in host memory already
     tried: list[int] = []
 
     def refused(size: int) -> None:
@@ -126,11 +126,11 @@ def test_a_copy_that_cannot_begin_leaves_its_place() -> None:
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> dict[str, Tensor]:
     """Four tensors through a writer, each changed as soon as it is handed in."""
     out = Late(size)
-    monkeypatch.setattr(writer_module, "Outgoing", lambda: out)
+    monkeypatch.setattr(writer_module, "DeviceToHostCopier", lambda: out)
     names = [f"t{n}" for n in range(4)]
-    with Staging(tmp_path / "out", overwrite=False) as staging:
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
         plan = [Planned(name, torch.int32, (300,)) for name in names]
-        with CheckpointWriter(staging, plan, {"run": {}}) as writer:
+        with CheckpointWriter(output_dir, plan, {"run": {}}) as writer:
             for number, name in enumerate(names):
                 tensor = torch.full((300,), number, dtype=torch.int32)
                 writer.add(name, tensor)
@@ -141,9 +141,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> dict[
             assert writer._layers["layer2"] == [
                 digest(torch.full((300,), value, dtype=torch.int32)) for value in (2, 3, 4)
             ]
-            monkeypatch.setattr(writer_module, "_layers", {})
+            monkeypatch.setattr(writer, "_layers", {})
             writer.complete("awq", 4, 16)
-        staging.publish()
+        output_dir.publish()
     assert out.launched == (16 if size >= 1200 else 0)
     return load_file(tmp_path / "out" / "model.safetensors")
 
@@ -159,14 +159,14 @@ def test_the_writer_waits_for_what_arrives(
 def test_a_failed_write_does_not_stop_what_waits_for_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "Outgoing", lambda: Late(1536))
+    monkeypatch.setattr(writer_module, "DeviceToHostCopier", lambda: Late(1536))
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with Staging(tmp_path / "out", overwrite=False) as staging:
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
         plan = [Planned(f"t{n}", torch.int32, (300,)) for n in range(8)]
-        with CheckpointWriter(staging, plan, {"run": {}}) as writer:
+        with CheckpointWriter(output_dir, plan, {"run": {}}) as writer:
             monkeypatch.setattr(safetensors_files, "write_at", full)
 
             def add_all() -> None:
@@ -182,9 +182,9 @@ def test_a_failed_write_does_not_stop_what_waits_for_room(
 
 def test_fixed_tensors_are_not_copied(tmp_path: Path) -> None:
     held = threading.Event()
-    with Staging(tmp_path / "out", overwrite=False) as staging:
+    with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
         plan = [Planned(name, torch.int32, (2, 3)) for name in ("fixed", "turned")]
-        with CheckpointWriter(staging, plan, {"run": {}}) as writer:
+        with CheckpointWriter(output_dir, plan, {"run": {}}) as writer:
             writer._submit(held.wait, 0)  # the thread comes to the tensors later
             tensor, turned = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(3, 2, dtype=torch.int32)
             writer.add("fixed", tensor, fixed=True)
@@ -193,7 +193,7 @@ def test_fixed_tensors_are_not_copied(tmp_path: Path) -> None:
             turned.fill_(5)
             held.set()
             writer.complete("awq", 4, 16)
-        staging.publish()
+        output_dir.publish()
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found["fixed"].eq(5).all()
     assert not found["turned"].any()
@@ -203,7 +203,7 @@ def test_fixed_tensors_are_not_copied(tmp_path: Path) -> None:
 # In
 
 
-class Here(Incoming):
+class Here(Prefetcher):
     """Serves the host, too."""
 
     def serves(self, device: torch.device) -> bool:
@@ -226,35 +226,35 @@ def read(name: str) -> Tensor:
 
 
 def test_ahead_gives_each_once_in_memory_of_its_own() -> None:
-    ahead = Here(read, plain)
-    assert ahead.take("a", CPU) is None
+    prefetch = Here(read, plain)
+    assert prefetch.take("a", CPU) is None
     for _ in range(3):
-        ahead.begin(["a", "b", "none", "c"])
-        taken = {name: ahead.take(name, CPU) for name in ("c", "a", "b")}
-        assert ahead.take("a", CPU) is None
-        assert ahead.take("none", CPU) is None  # nothing to read
-        ahead.begin(["b"])  # what was taken stays
-        assert ahead.take("b", CPU) is not None
+        prefetch.begin(["a", "b", "none", "c"])
+        taken = {name: prefetch.take(name, CPU) for name in ("c", "a", "b")}
+        assert prefetch.take("a", CPU) is None
+        assert prefetch.take("none", CPU) is None  # nothing to read
+        prefetch.begin(["b"])  # what was taken stays
+        assert prefetch.take("b", CPU) is not None
         for name, tensor in taken.items():
             assert tensor is not None
             assert torch.equal(tensor, STORED[name])
 
 
 def test_ahead_raises_where_the_tensor_is_asked_for() -> None:
-    ahead = Here(read, plain)
-    ahead.begin(["a", "missing", "c"])
-    assert ahead.take("c", CPU) is not None
+    prefetch = Here(read, plain)
+    prefetch.begin(["a", "missing", "c"])
+    assert prefetch.take("c", CPU) is not None
     with pytest.raises(WorkError, match="has no tensor missing"):
-        ahead.take("missing", CPU)
-    assert ahead.take("a", CPU) is not None
+        prefetch.take("missing", CPU)
+    assert prefetch.take("a", CPU) is not None
 
 
 def test_ahead_drops_what_was_not_taken() -> None:
-    ahead = Here(read, plain)
-    ahead.begin(["a"])
-    ahead.begin(["b"])
-    assert ahead.take("a", CPU) is None
-    assert ahead.take("b", CPU) is not None
+    prefetch = Here(read, plain)
+    prefetch.begin(["a"])
+    prefetch.begin(["b"])
+    assert prefetch.take("a", CPU) is None
+    assert prefetch.take("b", CPU) is not None
 
 
 @pytest.mark.parametrize("short", ["no pinned memory", "little free", "a huge block"])
@@ -269,17 +269,17 @@ def test_ahead_of_nothing_where_memory_is_short(short: str, monkeypatch: pytest.
         monkeypatch.setattr(pinned_copies, "available", lambda: 8000)
     if short == "a huge block":
         monkeypatch.setattr(pinned_copies, "LARGEST", 2000)
-    ahead = Here(read, allocate)
-    ahead.begin(["a", "b"])
-    assert ahead.take("a", CPU) is None
-    assert ahead.take("b", CPU) is None
+    prefetch = Here(read, allocate)
+    prefetch.begin(["a", "b"])
+    assert prefetch.take("a", CPU) is None
+    assert prefetch.take("b", CPU) is None
     assert bool(allocated) == (short == "no pinned memory")
 
 
 def test_ahead_serves_no_host() -> None:
-    ahead = Incoming(read, plain)
-    ahead.begin(["a"])
-    assert ahead.take("a", CPU) is None
+    prefetch = Prefetcher(read, plain)
+    prefetch.begin(["a"])
+    assert prefetch.take("a", CPU) is None
 
 
 def test_free_memory_is_known() -> None:
@@ -310,7 +310,7 @@ def reads_ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Makes every model read ahead, on the CPU too; the names that came that way."""
     monkeypatch.setattr(Ahead, "taken", [])
     for module in (source, reader):
-        monkeypatch.setattr(module, "Incoming", Ahead)
+        monkeypatch.setattr(module, "Prefetcher", Ahead)
     return Ahead.taken
 
 
@@ -327,7 +327,7 @@ def test_measured_the_same_read_ahead_or_not(
     assert set(names) <= set(reads_ahead)
     assert [n for n in reads_ahead if n.endswith("weight_packed" if layout[0] == "c" else "qweight")]
     for module in (source, reader):
-        monkeypatch.setattr(module, "Incoming", Incoming)
+        monkeypatch.setattr(module, "Prefetcher", Prefetcher)
     reads_ahead.clear()
     assert measure(source.Source.open(tmp_path / "model"), tmp_path / "out", ids, CPU) == found
     assert not reads_ahead
@@ -337,12 +337,12 @@ def test_a_block_is_the_same_read_ahead_or_not(tmp_path: Path, reads_ahead: list
     write(tmp_path, FAMILIES["qwen2"]())
     model = source.Source.open(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
-    model.ahead(0, CPU)
-    model.ahead(len(model.blocks), CPU)  # past the end: nothing, and nothing is dropped
+    model.prefetch(0, CPU)
+    model.prefetch(len(model.blocks), CPU)  # past the end: nothing, and nothing is dropped
     for index, name in enumerate(model.blocks):
         block = model.modules[index]
         model.load(block, name, CPU, torch.float32)
-        model.ahead(index + 1, CPU)
+        model.prefetch(index + 1, CPU)
         for path, parameter in block.named_parameters():
             assert torch.equal(parameter, expected[f"{name}.{path}"])
             parameter.data.fill_(0)  # in memory of its own: not what is read for another
@@ -360,11 +360,11 @@ def test_a_tensor_that_cannot_be_read_ahead_is_told_as_ever(
 
     write(tmp_path, FAMILIES["qwen2"]())
     told: list[str] = []
-    for ahead in (False, True):
+    for prefetch in (False, True):
         model = source.Source.open(tmp_path)
         model._handles = {tmp_path / "model.safetensors": Broken()}
-        if ahead:
-            model.ahead(1, CPU)
+        if prefetch:
+            model.prefetch(1, CPU)
         with pytest.raises(WorkError) as caught:
             model.load(model.modules[1], model.blocks[1], CPU, torch.float32)
         told.append(str(caught.value))

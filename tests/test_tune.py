@@ -15,12 +15,12 @@ from torch import Tensor
 import gptq_quantize
 from conftest import Runs
 from llm_quantize.blockwise import loop, tuning
-from llm_quantize.blockwise.block_solution import EFFORTS, LayerReport, Solved, SolveOptions, effort
+from llm_quantize.blockwise.block_solution import QUALITY_PRESETS, LayerReport, Solved, SolveOptions, effort
 from llm_quantize.config import EMBEDDED_CALIBRATION
 from llm_quantize.kernels.precision import representable
 from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
-from llm_quantize.solver.qparams import Grid, dequantize, minmax_grid, round_to_nearest
+from llm_quantize.solver.qparams import QParams, dequantize, minmax_qparams, round_to_nearest
 from models import CPU, tokens
 from reference import dequantize_directory
 
@@ -29,7 +29,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def options(bits: int, *, symmetric: bool = True, steps: int = 24) -> SolveOptions:
-    best = replace(EFFORTS["best"], tune=steps)
+    best = replace(QUALITY_PRESETS["best"], tune=steps)
     return SolveOptions(
         bits, 32, symmetric, True, False, 0.1, best, 0, (torch.float16, torch.float32), torch.float16
     )
@@ -49,7 +49,7 @@ def nearest(block: Any, asked: SolveOptions, *, dynamic: bool = False) -> list[S
             order = torch.randperm(W.shape[1], generator=torch.Generator().manual_seed(len(path)))
             back = torch.argsort(order)
             g_idx = torch.div(back, spec.group_size, rounding_mode="floor").to(torch.int32)
-        grid = minmax_grid(W[:, order], spec)
+        grid = minmax_qparams(W[:, order], spec)
         q = round_to_nearest(W[:, order], grid, spec)
         with torch.no_grad():
             linear.weight.copy_(dequantize(q, grid, spec.group_size)[:, back])
@@ -71,15 +71,15 @@ def by_hand(each: Solved, size: int) -> Tensor:
 def test_gradients(bits: int) -> None:
     """Of `round(u) s`: as of `u s` for `u`, and `round(u)` summed over its group for `s`."""
     g = torch.Generator().manual_seed(0)
-    levels = 2**bits - 1
-    zero = torch.randint(0, levels + 1, (5, 3), generator=g).float()
-    u = (torch.randn(5, 12, generator=g) * levels).requires_grad_()
+    qmax = 2**bits - 1
+    zero = torch.randint(0, qmax + 1, (5, 3), generator=g).float()
+    u = (torch.randn(5, 12, generator=g) * qmax).requires_grad_()
     scale = torch.rand(5, 3, generator=g).requires_grad_()
-    made = tuning._Rounded.apply(u, scale, zero, levels, torch.float32)
+    made = tuning._Rounded.apply(u, scale, zero, qmax, torch.float32)
     wanted = torch.randn(5, 12, generator=g)
     torch.autograd.backward((made * wanted).sum())
     z, s = zero.repeat_interleave(4, 1), scale.detach().repeat_interleave(4, 1)
-    steps = (u.detach().round() + z).clamp(0, levels) - z
+    steps = (u.detach().round() + z).clamp(0, qmax) - z
     torch.testing.assert_close(made.detach(), steps * s)
     assert u.grad is not None
     torch.testing.assert_close(u.grad, wanted * s)
@@ -209,7 +209,7 @@ def test_the_program_tunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs
     for name, weight in dequantize_directory(tuned.path).items():
         if name in tuned.weights:
             assert torch.equal(torch.from_numpy(weight), tuned.weights[name]), name
-    monkeypatch.setitem(EFFORTS, "best", replace(EFFORTS["best"], tune=0))
+    monkeypatch.setitem(QUALITY_PRESETS, "best", replace(QUALITY_PRESETS["best"], tune=0))
     assert gptq_quantize.main([*WORDS, "--output_path", str(tmp_path / "plain")]) == 0
     assert kl(tuned.path) < 0.99 * kl(tmp_path / "plain")
 
@@ -235,7 +235,7 @@ def test_without_memory_nothing_is_tuned(
     assert warned.count("tuning takes about") == 1
     assert "model.layers.0: tuning takes about 0." in warned
     monkeypatch.undo()
-    monkeypatch.setitem(EFFORTS, "best", replace(EFFORTS["best"], tune=0))
+    monkeypatch.setitem(QUALITY_PRESETS, "best", replace(QUALITY_PRESETS["best"], tune=0))
     assert gptq_quantize.main([*WORDS, "--output_path", str(tmp_path / "plain")]) == 0
     assert kl(tmp_path / "short") == kl(tmp_path / "plain")
 
@@ -245,12 +245,12 @@ def test_grid_is_not_shared() -> None:
     block = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
     asked = options(4)
     (solved,) = nearest(block, asked)
-    kept = Grid(solved.grid.scale.clone(), solved.grid.zero.clone()), solved.q.clone()
+    kept = QParams(solved.grid.scale.clone(), solved.grid.zero.clone()), solved.q.clone()
     linear = tuning._Linear(solved, asked, CPU)
     with torch.no_grad():
         linear.u.add_(1.0)
         linear.factor.mul_(1.1)
-    new = linear.settle(block)
+    new = linear.make_durable(block)
     assert not torch.equal(new.q, kept[1])
     assert torch.equal(solved.q, kept[1])
     assert torch.equal(solved.grid.scale, kept[0].scale)

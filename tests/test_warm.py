@@ -16,12 +16,12 @@ from torch import Tensor
 
 import gptq_quantize
 from llm_quantize.blockwise import kernel_warmup, loop
-from llm_quantize.blockwise.block_solution import AWQ_EFFORT, EFFORTS, SolveOptions
+from llm_quantize.blockwise.block_solution import AWQ_EFFORT, QUALITY_PRESETS, SolveOptions
 from llm_quantize.kernels import cholesky, tiling
 from llm_quantize.model.source import Source
 from llm_quantize.solver.awq_scales import choose_scales, scale_
 from llm_quantize.solver.gptq import Factorization, compensate, descend
-from llm_quantize.solver.qparams import metric_blocks, search_grid
+from llm_quantize.solver.qparams import hessian_blocks, search_qparams
 from seams import everywhere
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -30,7 +30,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def options(**values: Any) -> SolveOptions:
     given: dict[str, Any] = {
         "bits": 4, "group_size": 32, "symmetric": False, "act_order": True, "dynamic_groups": False,
-        "damping": 0.05, "effort": EFFORTS["default"], "zero_min": 0, "scale_dtypes": (torch.float16,),
+        "damping": 0.05, "effort": QUALITY_PRESETS["default"], "zero_min": 0, "scale_dtypes": (torch.float16,),
         "store": torch.float16,
     }  # fmt: skip
     return SolveOptions(**given | values)
@@ -55,7 +55,7 @@ def test_every_solver_and_nothing_else(
 
         return spy
 
-    for name in ("choose_scales", "scale_", "factorize", "search_grid", "compensate", "descend"):
+    for name in ("choose_scales", "scale_", "factorize", "search_qparams", "compensate", "descend"):
         monkeypatch.setattr(kernel_warmup, name, spied(name, getattr(kernel_warmup, name)))
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -63,10 +63,10 @@ def test_every_solver_and_nothing_else(
     settings = precision(), torch.is_grad_enabled()
     monkeypatch.setattr(kernel_warmup, "ROWS", (64, 96))
     monkeypatch.setattr(kernel_warmup, "COLUMNS", 80)
-    kernel_warmup.rehearse(options(group_size=group_size), CPU, scales=scales)
+    kernel_warmup.warm_up_kernels(options(group_size=group_size), CPU, scales=scales)
     assert torch.equal(torch.rand(3), expected)
     assert (precision(), torch.is_grad_enabled()) == settings
-    each = ["search_grid", "compensate", "descend"]
+    each = ["search_qparams", "compensate", "descend"]
     assert called == ["factorize", *(["choose_scales", "scale_"] if scales else []), *each, *each]
 
 
@@ -106,7 +106,7 @@ def test_it_compiles_what_models_need(
     monkeypatch.setattr(kernel_warmup, "COLUMNS", 640)
     monkeypatch.setattr(kernel_warmup, "factorize", lambda H, *_, **__: kernel_warmup._identity(len(H), CPU))
     given = options(group_size=size, zero_min=1, scale_dtypes=(torch.float16, torch.bfloat16))
-    kernel_warmup.rehearse(given, CPU, scales=scales)
+    kernel_warmup.warm_up_kernels(given, CPU, scales=scales)
     Factorization(torch.eye(640), 0.1, act_order=True)  # as `factorize` would begin
     rehearsed = started.copy()
     assert len(rehearsed) >= 10 + scales
@@ -119,7 +119,7 @@ def test_it_compiles_what_models_need(
         if scales:
             choose_scales(W, H, factor, torch.arange(width), width, spec, AWQ_EFFORT)
             scale_(H, factor, torch.ones(width))
-        grid = search_grid(W, metric_blocks(H, spec.group_size), spec, given.effort.search)
+        grid = search_qparams(W, hessian_blocks(H, spec.group_size), spec, given.effort.search)
         q = compensate(W, grid, spec, factor)
         descend(W, q, grid, spec, H, sweeps=2, refit=given.effort.refit)
     assert started - rehearsed == set()
@@ -127,10 +127,10 @@ def test_it_compiles_what_models_need(
 
 
 def test_on_the_cpu_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_warmup, "rehearse", lambda *args, **more: pytest.fail("rehearsed"))
+    monkeypatch.setattr(kernel_warmup, "warm_up_kernels", lambda *args, **more: pytest.fail("rehearsed"))
     before = threading.active_count()
-    with kernel_warmup.Rehearsal() as rehearsal:
-        rehearsal.begin(options(), CPU, scales=True)
+    with kernel_warmup.KernelWarmup() as warmup:
+        warmup.begin(options(), CPU, scales=True)
         assert threading.active_count() == before
 
 
@@ -146,10 +146,10 @@ def test_it_ends_before_it_is_left(error: Exception | None, monkeypatch: pytest.
         if error is not None:
             raise error
 
-    monkeypatch.setattr(kernel_warmup, "rehearse", slow)
+    monkeypatch.setattr(kernel_warmup, "warm_up_kernels", slow)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    with kernel_warmup.Rehearsal() as rehearsal:
-        rehearsal.begin(options(), GPU, scales=True)
+    with kernel_warmup.KernelWarmup() as warmup:
+        warmup.begin(options(), GPU, scales=True)
         assert begun.wait(60)
         assert not ended.is_set()
         go.set()
@@ -168,9 +168,9 @@ def test_it_begins_before_the_model_is_built(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Source, "open", classmethod(opened))
     monkeypatch.setattr(
-        kernel_warmup.Rehearsal, "begin", lambda _, given, device, scales: order.append((given, scales))
+        kernel_warmup.KernelWarmup, "begin", lambda _, given, device, scales: order.append((given, scales))
     )
-    monkeypatch.setattr(kernel_warmup.Rehearsal, "end", lambda _: order.append("waited for"))
+    monkeypatch.setattr(kernel_warmup.KernelWarmup, "end", lambda _: order.append("waited for"))
     taken: list[Any] = []
     real_blocks = loop.quantize_blocks
 

@@ -22,15 +22,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_quantize.model.awq_mappings import Fold, find_folds, scale_block, sources
+from llm_quantize.model.awq_mappings import AWQMapping, find_mappings, smooth_block, sources
 from llm_quantize.model.source import Source
 
 
-def grow(block: nn.Module, fold: Fold, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:
+def grow(block: nn.Module, fold: AWQMapping, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:
     """Multiplies rows `chosen` of the fold's source by `factor` and divides the weights that read them by it."""
     scale = torch.ones(sources(block, fold))
     scale[chosen] = 1 / factor
-    scale_block(block, fold, scale, dtype)
+    smooth_block(block, fold, scale, dtype)
 
 
 def write_with_outliers(
@@ -43,7 +43,7 @@ def write_with_outliers(
     for index, name in enumerate(source.blocks):
         block = source.modules[index]
         source.load(block, name, torch.device("cpu"), torch.float32)
-        for fold in find_folds(block, source.config):
+        for fold in find_mappings(block, source.config):
             rows = torch.unique(fold.rows)
             chosen = rows[torch.randperm(len(rows), generator=generator)[:channels]]
             grow(block, fold, chosen, factor, source.dtype)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from llm_quantize.backends import registry, session
 from llm_quantize.blockwise.export import config_json, plan, settings, side_files
-from llm_quantize.blockwise.kernel_warmup import Rehearsal
-from llm_quantize.blockwise.loop import Course, quantize_blocks, states_home
+from llm_quantize.blockwise.kernel_warmup import KernelWarmup
+from llm_quantize.blockwise.loop import ExecutionPlan, choose_storage, quantize_blocks
 from llm_quantize.blockwise.resume import KeptStates, first_entry, identity
-from llm_quantize.blockwise.run_context import Run, prepare, solve_options
+from llm_quantize.blockwise.run_context import RunContext, prepare, solve_options
 from llm_quantize.calibration.windows import Windows, load_windows
 from llm_quantize.checkpoint import external
 from llm_quantize.checkpoint.writer import CheckpointWriter
@@ -29,7 +29,7 @@ from llm_quantize.console import Console, duration
 from llm_quantize.errors import FinalError, InputError
 from llm_quantize.evaluation import model_card
 from llm_quantize.evaluation.perplexity import Measured, heldout_windows, measure, sample
-from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.atomic_directory import AtomicDirectory
 from llm_quantize.io.journal import Journal
 from llm_quantize.model import block_forward
 from llm_quantize.model.source import Source
@@ -60,9 +60,9 @@ class Result:
 def quantize(config: QuantizeConfig, console: Console) -> Result:
     """Quantizes, writes, checks, measures. Errors: `InputError` before any long work, `WorkError` after."""
     started = time.perf_counter()
-    with Staging(config.target, overwrite=config.may_replace) as staging, ExitStack() as stack:
-        rehearsal = stack.enter_context(Rehearsal())
-        run = prepare(config, console, partial(_rehearse, rehearsal, config))
+    with AtomicDirectory(config.target, overwrite=config.may_replace) as output_dir, ExitStack() as stack:
+        warmup = stack.enter_context(KernelWarmup())
+        run = prepare(config, console, partial(_warm_up, warmup, config))
         run.stages["opening"] = time.perf_counter() - started
         if config.backend != registry.NATIVE:
             library = session.Session(registry.LIBRARIES[config.backend], run.device, console)
@@ -74,21 +74,21 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
             if config.eval_data != "off":
                 heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
         with run.stage("warming up"):
-            rehearsal.end()
+            warmup.end()
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
             torch.zeros((), device=run.device)  # the statistics exist once the device is in use
             torch.cuda.reset_peak_memory_stats(run.device)
-        with _kept(staging, len(run.source.blocks)):
+        with _kept(output_dir, len(run.source.blocks)):
             write = _write_checkpoint if run.library is None else _have_written
-            size = write(run, windows, staging)
+            size = write(run, windows, output_dir)
             memory = run.device_bytes, run.host_bytes
             worked = time.perf_counter() - started
-            measured = _measure(run, staging, heldout)
+            measured = _measure(run, output_dir, heldout)
             with run.stage("describing"):
-                _describe(run, staging, windows, heldout, measured)
+                _describe(run, output_dir, windows, heldout, measured)
             with run.stage("publishing"):
-                staging.publish()
+                output_dir.publish()
     rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
     text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
     return Result(
@@ -106,63 +106,66 @@ def quantize(config: QuantizeConfig, console: Console) -> Result:
     )
 
 
-def _rehearse(rehearsal: Rehearsal, config: QuantizeConfig, device: torch.device, model: Any) -> None:
+def _warm_up(warmup: KernelWarmup, config: QuantizeConfig, device: torch.device, model: Any) -> None:
     """Begins it, for weights as the model's config promises; of another dtype, kernels are compiled in their turn."""
     if config.backend == registry.NATIVE:
         dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
-        rehearsal.begin(solve_options(config, dtype), device, scales=config.method == "awq")
+        warmup.begin(solve_options(config, dtype), device, scales=config.method == "awq")
 
 
 @contextmanager
-def _kept(staging: Staging, blocks: int) -> Iterator[None]:
+def _kept(output_dir: AtomicDirectory, blocks: int) -> Iterator[None]:
     """A failure says what is kept for the same command; nothing is where that would fail again."""
     try:
         yield
     except FinalError:
-        staging.keep = False
+        output_dir.keep = False
         raise
     except InputError:
         raise
     except BaseException as error:
-        if staging.keep:
-            done = min(len(Journal(staging.work / "journal").entries) - 1, blocks)
+        if output_dir.keep:
+            done = min(len(Journal(output_dir.work / "journal").entries) - 1, blocks)
             error.add_note(f"{done} of {blocks} blocks are kept, the same command goes on there")
         raise
 
 
-def _write_checkpoint(run: Run, windows: Windows, staging: Staging) -> int:
+def _write_checkpoint(run: RunContext, windows: Windows, output_dir: AtomicDirectory) -> int:
     """Everything but what is told of it, complete and read back; how many bytes its tensors have."""
     config = run.config
     run_id = identity(config, run.source, run.device, windows.fingerprint)
     length = windows.tokens.shape[1]
     widest = max(max(x.in_features, x.out_features) for x in run.source.linears(0))
     batch = block_forward.MicroBatch(run.device, length, widest, limit=config.max_memory)
-    home = states_home(run, windows.tokens)
-    begun = {"windows": batch.windows, "in_order": home == run.device}
-    first = first_entry(staging, run_id, begun, restart=config.restart or config.no_resume)
+    storage = choose_storage(run, windows.tokens)
+    begun = {"windows": batch.windows, "in_order": storage == run.device}
+    first = first_entry(output_dir, run_id, begun, restart=config.restart or config.no_resume)
     batch.windows = first["windows"]
-    course = Course(batch, home, first["in_order"])
+    execution = ExecutionPlan(batch, storage, first["in_order"])
     keep = not config.no_resume
-    with CheckpointWriter(staging, plan(run), first, keep=keep) as writer, KeptStates(staging, keep) as kept:
-        staging.write_json("config.json", config_json(run))
-        quantize_blocks(run, windows, writer, kept, course)
-        _copy_side_files(run, staging)
+    with (
+        CheckpointWriter(output_dir, plan(run), first, keep=keep) as writer,
+        KeptStates(output_dir, keep) as kept,
+    ):
+        output_dir.write_json("config.json", config_json(run))
+        quantize_blocks(run, windows, writer, kept, execution)
+        _copy_side_files(run, output_dir)
         with run.stage("reading back"):
             writer.complete(config.file_layout, config.bits, config.group_size, run.device)
     return writer.tensor_bytes
 
 
-def _have_written(run: Run, windows: Windows, staging: Staging) -> int:
+def _have_written(run: RunContext, windows: Windows, output_dir: AtomicDirectory) -> int:
     """The same by a library: its files as it writes them, complete and read back."""
     config, source, library = run.config, run.source, run.library
     assert library is not None
     # What an interrupted run of this program left is not thrown away unasked; a library leaves nothing to go on from.
     run_id = identity(config, source, run.device, windows.fingerprint) | {"--backend": config.backend}
-    first_entry(staging, run_id, {}, restart=config.restart or config.no_resume)
-    staging.clear()
+    first_entry(output_dir, run_id, {}, restart=config.restart or config.no_resume)
+    output_dir.clear()
     job = session.Job(
         model=str(library.model(source, trust=config.trust_remote_code)),
-        output=str(staging.content),
+        output=str(output_dir.content),
         windows=str(library.windows(windows.tokens)),
         method=config.method,
         bits=config.bits,
@@ -180,7 +183,7 @@ def _have_written(run: Run, windows: Windows, staging: Staging) -> int:
     run.stages |= run.outcome.seconds
     with run.stage("reading back"):
         size = external.verify(
-            staging.content,
+            output_dir.content,
             source,
             config.file_layout,
             config.bits,
@@ -189,16 +192,16 @@ def _have_written(run: Run, windows: Windows, staging: Staging) -> int:
             library.library.title,
             trust=config.trust_remote_code,
         )
-    staging.settle()
-    _copy_side_files(run, staging)
+    output_dir.make_durable()
+    _copy_side_files(run, output_dir)
     return size
 
 
-def _copy_side_files(run: Run, staging: Staging) -> None:
+def _copy_side_files(run: RunContext, output_dir: AtomicDirectory) -> None:
     files = side_files(run)
     if run.library is not None:  # what it wrote itself stays; what an interrupted run left would be cut off
-        files = [path for path in files if not (staging.content / path.name).exists()]
-    skipped = staging.copy(files)
+        files = [path for path in files if not (output_dir.content / path.name).exists()]
+    skipped = output_dir.copy(files)
     if skipped:
         run.console.warn(f"links that lead out of the model's directory are left out: {', '.join(skipped)}")
 
@@ -215,28 +218,32 @@ def serve_line(config: QuantizeConfig) -> str:
 # -- the end
 
 
-def _measure(run: Run, staging: Staging, heldout: Tensor | None) -> Measured | None:
+def _measure(run: RunContext, output_dir: AtomicDirectory, heldout: Tensor | None) -> Measured | None:
     """What the files lose, None where it is not asked. Errors: `FinalError` over a limit."""
     if heldout is None:
         return None
     with run.stage("measuring"):
-        measured = measure(run.source, staging.content, heldout, run.device)
+        measured = measure(run.source, output_dir.content, heldout, run.device)
     _within(run.config, measured)
     return measured
 
 
 def _describe(
-    run: Run, staging: Staging, windows: Windows, heldout: Tensor | None, measured: Measured | None
+    run: RunContext,
+    output_dir: AtomicDirectory,
+    windows: Windows,
+    heldout: Tensor | None,
+    measured: Measured | None,
 ) -> None:
     """Writes what goes beside the weights; nothing in it depends on when, where or how long."""
     source = run.source
     if run.config.file_layout == "gptq" and run.library is None:
-        staging.write_json("quantize_config.json", settings(run))
+        output_dir.write_json("quantize_config.json", settings(run))
     facts = model_card.Facts(
         config=run.config,
         directory=source.directory,
         source_bytes=_source_bytes(source),
-        quantized_bytes=sum(file.stat().st_size for file in staging.content.glob("*.safetensors")),
+        quantized_bytes=sum(file.stat().st_size for file in output_dir.content.glob("*.safetensors")),
         architecture=type(source.skeleton).__name__,
         tied=source.tied_head is not None,
         windows=windows,
@@ -247,7 +254,7 @@ def _describe(
         library=None if run.library is None else run.library.versions,
     )
     for name, content in model_card.files(facts).items():
-        staging.write(name, content)
+        output_dir.write(name, content)
 
 
 def _source_bytes(source: Source) -> int:
@@ -269,7 +276,7 @@ def _within(config: QuantizeConfig, measured: Measured) -> None:
 
 
 def _rows(
-    run: Run, windows: Windows, measured: Measured | None, size: int, worked: float, total: float
+    run: RunContext, windows: Windows, measured: Measured | None, size: int, worked: float, total: float
 ) -> list[tuple[str, str]]:
     before = _source_bytes(run.source)
     rows = [

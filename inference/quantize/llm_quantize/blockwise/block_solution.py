@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.blockwise.reference import Drift, Follower
-from llm_quantize.kernels.streams import Lanes, Mark
-from llm_quantize.model.awq_mappings import Fold, apply_fold, sources
+from llm_quantize.blockwise.reference import InputMismatch, ReferenceBlock
+from llm_quantize.kernels.streams import StreamPool, Timestamp
+from llm_quantize.model.awq_mappings import AWQMapping, apply_mapping, sources
 from llm_quantize.model.block_forward import linear_at
 from llm_quantize.solver.awq_scales import ChannelScales, choose_scales, scale_
 from llm_quantize.solver.gptq import (
@@ -31,13 +31,13 @@ from llm_quantize.solver.gptq import (
     relative,
 )
 from llm_quantize.solver.qparams import (
-    Grid,
-    GridSpec,
-    SearchEffort,
+    QParams,
+    QuantScheme,
+    ScaleSearch,
     dequantize,
-    metric_blocks,
+    hessian_blocks,
     round_to_nearest,
-    search_grid,
+    search_qparams,
 )
 
 STACK = 1 << 28  # weights that are rounded together at most
@@ -45,43 +45,43 @@ REPORT_ROWS = 256  # rows of a layer on which its output error is told
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class QualityPreset:
     """What `--quality` buys: the scale search, sweeps of coordinate descent after the rounding, and `follow`: the share
     of the windows on which each linear learns what its predecessors' quantization made of its inputs, and aims at what
     the source's would give. `tune`: steps by gradient of a whole block after that."""
 
-    search: SearchEffort
+    search: ScaleSearch
     sweeps: int
     refit: bool
     follow: float = 0.0
     tune: int = 0
 
-    def followed(self, windows: int, length: int) -> int:
+    def reference_windows(self, windows: int, length: int) -> int:
         """How many of `windows` of `length` tokens: the share, and never too few to tell drift from noise."""
         return min(windows, max(math.ceil(self.follow * windows), -(-ENOUGH // length))) if self.follow else 0
 
 
 ENOUGH = 1 << 18  # tokens
-EFFORTS = {
-    "fast": Effort(SearchEffort(sweep=16, refits=1), sweeps=0, refit=False),
-    "default": Effort(SearchEffort(sweep=24, refits=2), sweeps=2, refit=True),
-    "best": Effort(SearchEffort(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0, tune=384),
+QUALITY_PRESETS = {
+    "fast": QualityPreset(ScaleSearch(sweep=16, refits=1), sweeps=0, refit=False),
+    "default": QualityPreset(ScaleSearch(sweep=24, refits=2), sweeps=2, refit=True),
+    "best": QualityPreset(ScaleSearch(sweep=48, refits=3), sweeps=8, refit=True, follow=1.0, tune=384),
 }
 FEW_BITS = 3  # up to so many "default" follows too, and "best" tunes
 SOME = 0.25  # of the windows, which "default" then follows on
 
 
-def effort(quality: str, bits: int) -> Effort:
+def effort(quality: str, bits: int) -> QualityPreset:
     """What `--quality` means at so many bits: where each costs much accuracy, following pays by default, and tuning
     pays at all."""
-    found = EFFORTS[quality]
+    found = QUALITY_PRESETS[quality]
     if bits > FEW_BITS:
         return replace(found, tune=0)
     return replace(found, follow=SOME) if quality == "default" else found
 
 
 AIM = 0.75  # of the way to the source's outputs: the rest would follow the noise of the calibration tokens
-AWQ_EFFORT = SearchEffort(sweep=8, refits=1)  # enough to tell candidates apart
+AWQ_EFFORT = ScaleSearch(sweep=8, refits=1)  # enough to tell candidates apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +94,14 @@ class SolveOptions:
     act_order: bool
     dynamic_groups: bool
     damping: float
-    effort: Effort
+    effort: QualityPreset
     zero_min: int
     scale_dtypes: tuple[torch.dtype, ...]
     store: torch.dtype
 
-    def spec(self, width: int) -> GridSpec:
+    def spec(self, width: int) -> QuantScheme:
         size = width if self.group_size == -1 else self.group_size
-        return GridSpec(self.bits, size, self.symmetric, self.zero_min, self.scale_dtypes)
+        return QuantScheme(self.bits, size, self.symmetric, self.zero_min, self.scale_dtypes)
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class LayerReport:
     error: float
     damping: float
     dead: int
-    exponent: float | None
+    alpha: float | None
     fallback: str | None
     seconds: float
 
@@ -124,12 +124,12 @@ class Solved:
 
     path: str
     q: Tensor
-    grid: Grid
+    grid: QParams
     g_idx: Tensor | None
     report: LayerReport
 
 
-Moments = Callable[[int], Tensor | None]
+Hessians = Callable[[int], Tensor | None]
 
 
 @dataclass(slots=True)
@@ -143,12 +143,12 @@ def solve_block(
     block: nn.Module,
     name: str,
     groups: list[list[str]],
-    moments: Moments,
-    folds: list[Fold],
+    hessians: Hessians,
+    mappings: list[AWQMapping],
     options: SolveOptions,
     changes: BlockChanges,
-    follower: Follower | None = None,
-    lanes: Lanes | None = None,
+    reference_block: ReferenceBlock | None = None,
+    streams: StreamPool | None = None,
 ) -> Generator[Solved, None, None]:
     """Yields every linear quantized, its de-quantized weight already in the block.
 
@@ -159,17 +159,19 @@ def solve_block(
     and moments serve only the folds.
     """
     device = linear_at(block, groups[0][0]).weight.device
-    scaling = _Scalings(block, groups, [replace(fold, rows=fold.rows.to(device)) for fold in folds], options)
+    scaling = _Scalings(
+        block, groups, [replace(mapping, rows=mapping.rows.to(device)) for mapping in mappings], options
+    )
     order = list(range(len(groups)))
-    if folds:
+    if mappings:
         order.reverse()
-    if follower is not None:
-        yield from _solve_following(block, name, groups, moments, scaling, options, follower)
-    elif lanes is not None:
-        with lanes:
-            yield from _side_by_side(block, name, groups, order, moments, scaling, options, lanes)
+    if reference_block is not None:
+        yield from _solve_following(block, name, groups, hessians, scaling, options, reference_block)
+    elif streams is not None:
+        with streams:
+            yield from _side_by_side(block, name, groups, order, hessians, scaling, options, streams)
     else:
-        yield from _one_by_one(block, name, groups, order, moments, scaling, options)
+        yield from _one_by_one(block, name, groups, order, hessians, scaling, options)
     changes.names.update(scaling.changed())
 
 
@@ -178,19 +180,19 @@ def _one_by_one(
     name: str,
     groups: list[list[str]],
     order: list[int],
-    moments: Moments,
+    hessians: Hessians,
     scaling: _Scalings,
     options: SolveOptions,
 ) -> Iterator[Solved]:
     """Each group is done with, and its memory free, before the next one's moment is asked for."""
     for index in order:
         paths = groups[index]
-        problem = _Preparation.of(moments(index), block, paths, options).finish()
+        problem = _Preparation.of(hessians(index), block, paths, options).finish()
         weights = [_weight(block, path) for path in paths]
         scaling.choose(index, weights, problem, keep=True)
         weights = [scaling.apply(path, W) for path, W in zip(paths, weights, strict=True)]
         for rounded in _round(block, name, paths, weights, problem, options):
-            yield from rounded.finish(scaling.exponent(index))
+            yield from rounded.finish(scaling.alpha(index))
             del rounded
         del problem, weights
 
@@ -200,10 +202,10 @@ def _side_by_side(
     name: str,
     groups: list[list[str]],
     order: list[int],
-    moments: Moments,
+    hessians: Hessians,
     scaling: _Scalings,
     options: SolveOptions,
-    lanes: Lanes,
+    streams: StreamPool,
 ) -> Iterator[Solved]:
     """Each group in a lane of its own. Nothing waits for the device before all of it is begun, but to know whether the
     factors exist; and what keeps the device busy for long with few kernels is begun before what does with many."""
@@ -211,13 +213,13 @@ def _side_by_side(
     widths = {index: linear_at(block, groups[index][0]).in_features for index in order}
     narrow_first = sorted(order, key=widths.__getitem__)
     for index in narrow_first:
-        H = moments(index)
-        with lanes.lane(index):
+        H = hessians(index)
+        with streams.stream(index):
             begun[index] = _Preparation.of(H, block, groups[index], options)
         del H
 
     def solve(index: int) -> None:
-        with lanes.lane(index, after=scaling.behind(index)):
+        with streams.stream(index, after=scaling.behind(index)):
             problems[index] = begun.pop(index).finish()
             scaling.choose(index, [_weight(block, p) for p in groups[index]], problems[index], keep=True)
             weights = [scaling.apply(path, _weight(block, path)) for path in groups[index]]
@@ -230,9 +232,9 @@ def _side_by_side(
         if not scaling.behind(index):
             solve(index)
     for index in order:
-        lanes.join(index)
+        streams.join(index)
         for each in rounded.pop(index):
-            yield from each.finish(scaling.exponent(index))
+            yield from each.finish(scaling.alpha(index))
 
 
 def _weight(block: nn.Module, path: str) -> Tensor:
@@ -244,30 +246,30 @@ def _solve_following(
     block: nn.Module,
     name: str,
     groups: list[list[str]],
-    moments: Moments,
+    hessians: Hessians,
     scaling: _Scalings,
     options: SolveOptions,
-    follower: Follower,
+    reference_block: ReferenceBlock,
 ) -> Iterator[Solved]:
     """First all channel scales, from the last input back to the first, then the rounding in order."""
     for index in reversed(range(len(groups))):
         if not scaling.folded(index):
             continue
-        problem = _Preparation.of(moments(index), block, groups[index], options).finish()
-        scaling.choose(index, [follower.weight(path) for path in groups[index]], problem, keep=False)
+        problem = _Preparation.of(hessians(index), block, groups[index], options).finish()
+        scaling.choose(index, [reference_block.weight(path) for path in groups[index]], problem, keep=False)
         del problem
     for path in (path for paths in groups for path in paths):
         weight = linear_at(block, path).weight
-        weight.copy_(scaling.apply(path, follower.weight(path)).to(weight.dtype))
+        weight.copy_(scaling.apply(path, reference_block.weight(path)).to(weight.dtype))
     for index, paths in enumerate(groups):
-        drift = follower.drift(index, scaling.channels.get(paths[0]))
-        problem = _Preparation.of(None if drift is None else drift.H, block, paths, options).finish()
-        weights = [scaling.apply(path, follower.weight(path)) for path in paths]
-        if drift is not None and problem.factor is not None:
-            weights = [aim(W, _missed(W, drift), problem.factor) for W in weights]
-        del drift
+        mismatch = reference_block.mismatch(index, scaling.channels.get(paths[0]))
+        problem = _Preparation.of(None if mismatch is None else mismatch.H, block, paths, options).finish()
+        weights = [scaling.apply(path, reference_block.weight(path)) for path in paths]
+        if mismatch is not None and problem.factor is not None:
+            weights = [aim(W, _missed(W, mismatch), problem.factor) for W in weights]
+        del mismatch
         for rounded in _round(block, name, paths, weights, problem, options):
-            yield from rounded.finish(scaling.exponent(index))
+            yield from rounded.finish(scaling.alpha(index))
             del rounded
         del problem, weights
 
@@ -280,10 +282,12 @@ class _Scalings:
     """
 
     def __init__(
-        self, block: nn.Module, groups: list[list[str]], folds: list[Fold], options: SolveOptions
+        self, block: nn.Module, groups: list[list[str]], mappings: list[AWQMapping], options: SolveOptions
     ) -> None:
         self._block, self._groups, self._options = block, groups, options
-        self._folds = {i: f for i, paths in enumerate(groups) for f in folds if set(f.targets) == set(paths)}
+        self._folds = {
+            i: f for i, paths in enumerate(groups) for f in mappings if set(f.targets) == set(paths)
+        }
         self._chosen: dict[int, tuple[ChannelScales, tuple[str, ...]]] = {}
         self.channels: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
@@ -294,22 +298,22 @@ class _Scalings:
     def behind(self, index: int) -> set[int]:
         """The groups whose scales must have been chosen before those of group `index`: they divide its rows."""
         paths = self._groups[index]
-        return {i for i, fold in self._folds.items() if fold.source in paths}
+        return {i for i, mapping in self._folds.items() if mapping.source in paths}
 
     def choose(self, index: int, weights: list[Tensor], problem: _Problem, *, keep: bool) -> None:
         """Scales the inputs of group `index`, where a fold and a factor are there; weights: of its linears, unscaled,
         float32. keep: the problem becomes that of the scaled inputs."""
-        fold = self._folds.get(index)
-        if fold is None or problem.factor is None:
+        mapping = self._folds.get(index)
+        if mapping is None or problem.factor is None:
             return
         paths, spec = self._groups[index], self._options.spec(weights[0].shape[1])
         stacked = torch.cat([self.apply(path, W) for path, W in zip(paths, weights, strict=True)])
-        rows, count = fold.rows, sources(self._block, fold)
+        rows, count = mapping.rows, sources(self._block, mapping)
         chosen = choose_scales(stacked, problem.H, problem.factor, rows, count, spec, AWQ_EFFORT)
-        folded = apply_fold(self._block, fold, chosen.scale, self._options.store)
+        folded = apply_mapping(self._block, mapping, chosen.scale, self._options.store)
         self._chosen[index] = chosen, folded.changed
         if folded.rows is not None:
-            self.rows[fold.source] = folded.rows
+            self.rows[mapping.source] = folded.rows
         for path in paths:
             self.channels[path] = folded.channels
         if keep:
@@ -320,19 +324,19 @@ class _Scalings:
         W = W / self.rows[path][:, None] if path in self.rows else W
         return W * self.channels[path] if path in self.channels else W
 
-    def exponent(self, index: int) -> float | None:
+    def alpha(self, index: int) -> float | None:
         """Of the scales of group `index`, None where it has none. Waits for the device."""
-        return self._chosen[index][0].exponent if index in self._chosen else None
+        return self._chosen[index][0].alpha if index in self._chosen else None
 
     def changed(self) -> set[str]:
         """Parameters that folds changed, by path in the block, other than weights of linears."""
-        return {name for chosen, names in self._chosen.values() if chosen.exponent > 0 for name in names}
+        return {name for chosen, names in self._chosen.values() if chosen.alpha > 0 for name in names}
 
 
-def _missed(W: Tensor, drift: Drift) -> Tensor:
+def _missed(W: Tensor, mismatch: InputMismatch) -> Tensor:
     """How what `W` makes of the inputs, and the stream it is added to, lag behind the source: e x^T, (out, in)."""
-    missed = W @ drift.inputs
-    return AIM * (missed if drift.stream is None else missed + drift.stream)
+    missed = W @ mismatch.inputs
+    return AIM * (missed if mismatch.stream is None else missed + mismatch.stream)
 
 
 @dataclass(slots=True)
@@ -342,15 +346,15 @@ class _Rounded:
     name: str
     paths: list[str]
     q: list[Tensor]
-    grids: list[Grid]
+    grids: list[QParams]
     g_idx: Tensor | None
     forms: Tensor  # of the output error, (linears, 2)
     problem: _Problem
     share: float  # of the problem's time
-    begun: Mark
-    ended: Mark
+    begun: Timestamp
+    ended: Timestamp
 
-    def finish(self, exponent: float | None) -> Iterator[Solved]:
+    def finish(self, alpha: float | None) -> Iterator[Solved]:
         """Waits for them."""
         problem, count = self.problem, len(self.paths)
         seconds = self.share * problem.seconds + self.ended.since(self.begun) / count
@@ -360,7 +364,7 @@ class _Rounded:
                 relative(forms),
                 problem.damping,
                 problem.dead,
-                exponent,
+                alpha,
                 problem.fallback,
                 seconds,
             )
@@ -381,7 +385,7 @@ def _round(
     A GPU is not waited for.
     """
     for part in _stacks(weights):
-        begun = Mark(weights[part[0]].device)
+        begun = Timestamp(weights[part[0]].device)
         rows = [weights[i].shape[0] for i in part]
         W = torch.cat([weights[i] for i in part]) if len(part) > 1 else weights[part[0]]
         for i in part:
@@ -404,7 +408,7 @@ def _round(
             problem,
             1 / len(paths),
             begun,
-            Mark(q.device),
+            Timestamp(q.device),
         )
 
 
@@ -418,9 +422,10 @@ def _stacks(weights: list[Tensor]) -> list[list[int]]:
     return parts
 
 
-def _split(grid: Grid, rows: list[int]) -> list[Grid]:
+def _split(grid: QParams, rows: list[int]) -> list[QParams]:
     return [
-        Grid(s, z) for s, z in zip(torch.split(grid.scale, rows), torch.split(grid.zero, rows), strict=True)
+        QParams(s, z)
+        for s, z in zip(torch.split(grid.scale, rows), torch.split(grid.zero, rows), strict=True)
     ]
 
 
@@ -429,12 +434,12 @@ class _Preparation:
 
     def __init__(self, H: Tensor | None, options: SolveOptions, width: int, device: torch.device) -> None:
         self._H, self._width, self._device = H, width, device
-        self._begun = Mark(device)
+        self._begun = Timestamp(device)
         if H is not None:
             diagonal = H.diagonal()
             self._seen = torch.stack((torch.isfinite(diagonal).logical_not().sum(), (diagonal <= 0).sum()))
             self._factorization = Factorization(H, options.damping, act_order=options.act_order)
-        self._ended = Mark(device)
+        self._ended = Timestamp(device)
 
     @classmethod
     def of(cls, H: Tensor | None, block: nn.Module, paths: list[str], options: SolveOptions) -> _Preparation:
@@ -474,12 +479,12 @@ class _Problem:
     seconds: float  # that it took
 
     def solve(
-        self, W: Tensor, spec: GridSpec, options: SolveOptions
-    ) -> tuple[Tensor, Grid, Tensor | None, Tensor]:
+        self, W: Tensor, spec: QuantScheme, options: SolveOptions
+    ) -> tuple[Tensor, QParams, Tensor | None, Tensor]:
         """Integers, grid, `g_idx` or None, and the de-quantized weight, float32."""
         effort = options.effort
         if self.factor is None:
-            grid = search_grid(W, metric_blocks(self.H, spec.group_size), spec, effort.search)
+            grid = search_qparams(W, hessian_blocks(self.H, spec.group_size), spec, effort.search)
             q = round_to_nearest(W, grid, spec)
             return q, grid, None, dequantize(q, grid, spec.group_size)
         if options.dynamic_groups:
@@ -491,7 +496,7 @@ class _Problem:
             back = torch.argsort(order)
             g_idx = torch.div(back, spec.group_size, rounding_mode="floor").to(torch.int32)
             return q[:, back].contiguous(), grid, g_idx, V[:, back]
-        grid = search_grid(W, metric_blocks(self.H, spec.group_size), spec, effort.search)
+        grid = search_qparams(W, hessian_blocks(self.H, spec.group_size), spec, effort.search)
         q = compensate(W, grid, spec, self.factor)
         if effort.sweeps:
             q, grid = descend(W, q, grid, spec, self.H, sweeps=effort.sweeps, refit=effort.refit)

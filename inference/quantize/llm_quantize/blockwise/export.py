@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.blockwise.block_solution import BlockChanges, Solved
-from llm_quantize.blockwise.run_context import Run
+from llm_quantize.blockwise.run_context import RunContext
 from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.errors import FinalError
 from llm_quantize.evaluation import model_card
@@ -24,7 +24,7 @@ OWN = (
 )  # written anew, whatever the source has of that name
 
 
-def plan(run: Run) -> list[Planned]:
+def plan(run: RunContext) -> list[Planned]:
     """Every tensor of the checkpoint, block by block and then the rest."""
     source, config = run.source, run.config
     planned: list[Planned] = []
@@ -63,7 +63,7 @@ def _others(source: Source, index: int | None) -> list[str]:
     return sorted(n for n in source.files if n.startswith(prefixes[index]) and n not in quantized)
 
 
-def _head_copy(run: Run) -> tuple[str, str] | None:
+def _head_copy(run: RunContext) -> tuple[str, str] | None:
     """The tied output head's name and tensor, where the file is to hold it twice.
 
     AutoGPTQ takes what the file does not hold for zero, tied or not; who asks for its layout by name gets a file
@@ -72,7 +72,7 @@ def _head_copy(run: Run) -> tuple[str, str] | None:
     return run.source.tied_head if run.config.layout == "gptq" else None
 
 
-def write_linear(run: Run, writer: CheckpointWriter, name: str, solved: Solved) -> None:
+def write_linear(run: RunContext, writer: CheckpointWriter, name: str, solved: Solved) -> None:
     """Packs one linear of block `name`, hands it to the writer, and keeps and tells what happened to it."""
     config, prefix = run.config, run.source.stored_name(f"{name}.{solved.path}")
     tensors = packing.pack(
@@ -105,7 +105,7 @@ def write_linear(run: Run, writer: CheckpointWriter, name: str, solved: Solved) 
 
 
 def pass_through(
-    run: Run, writer: CheckpointWriter, block: torch.nn.Module, index: int, changes: BlockChanges
+    run: RunContext, writer: CheckpointWriter, block: torch.nn.Module, index: int, changes: BlockChanges
 ) -> None:
     """Writes what is not quantized in block `index`: as folds changed it, or as it was."""
     source, prefix = run.source, f"{run.source.blocks[index]}."
@@ -115,7 +115,7 @@ def pass_through(
         writer.add(stored, _stored(run, stored, tensor), fixed=stored not in changed)
 
 
-def settle_others(run: Run, block: torch.nn.Module, index: int) -> None:
+def settle_others(run: RunContext, block: torch.nn.Module, index: int) -> None:
     """Gives what is not quantized in block `index` the digits that the file will hold.
 
     Before anything is computed with it, so that reading the file back gives the same states.
@@ -126,7 +126,7 @@ def settle_others(run: Run, block: torch.nn.Module, index: int) -> None:
             parameter.copy_(parameter.to(run.store))
 
 
-def copy_outside(run: Run, writer: CheckpointWriter) -> None:
+def copy_outside(run: RunContext, writer: CheckpointWriter) -> None:
     """Writes what belongs to no block."""
     names = [(stored, stored) for stored in _others(run.source, None)]
     head = _head_copy(run)
@@ -138,7 +138,7 @@ def copy_outside(run: Run, writer: CheckpointWriter) -> None:
         writer.add(name, stored, fixed=stored is tensor)  # a cast one takes memory, a mapped one does not
 
 
-def _stored(run: Run, name: str, tensor: Tensor) -> Tensor:
+def _stored(run: RunContext, name: str, tensor: Tensor) -> Tensor:
     """A tensor in the dtype of the file. Errors: `FinalError` where float16 cannot hold it."""
     if not tensor.is_floating_point() or tensor.dtype == run.store:
         return tensor
@@ -148,7 +148,7 @@ def _stored(run: Run, name: str, tensor: Tensor) -> Tensor:
     return cast
 
 
-def settings(run: Run) -> dict[str, Any]:
+def settings(run: RunContext) -> dict[str, Any]:
     """`quantization_config`; in the `gptq` layout also all of quantize_config.json."""
     config = run.config
     return packing.quantization_config(
@@ -163,7 +163,7 @@ def settings(run: Run) -> dict[str, Any]:
     )
 
 
-def config_json(run: Run) -> dict[str, Any]:
+def config_json(run: RunContext) -> dict[str, Any]:
     """The source's config with what was done to it."""
     raw = run.source.published_config()
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(run.store).removeprefix("torch.")
@@ -171,6 +171,6 @@ def config_json(run: Run) -> dict[str, Any]:
     return raw
 
 
-def side_files(run: Run) -> list[Path]:
+def side_files(run: RunContext) -> list[Path]:
     """What is copied of the source as it is."""
     return [path for path in run.source.side_files() if path.name not in OWN]

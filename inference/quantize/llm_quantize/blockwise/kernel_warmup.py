@@ -23,14 +23,14 @@ from llm_quantize.kernels.launcher import compile_together
 from llm_quantize.kernels.tiling import FEW
 from llm_quantize.solver.awq_scales import choose_scales, scale_
 from llm_quantize.solver.gptq import Factor, Factorization, compensate, descend, factorize
-from llm_quantize.solver.qparams import GridSpec, metric_blocks, search_grid
+from llm_quantize.solver.qparams import QuantScheme, hessian_blocks, search_qparams
 
 # Of the weights: others use the same kernels as these.
 ROWS, COLUMNS = (FEW, FEW + 2048), cholesky.WHOLE + cholesky.PANEL
 
 
 @torch.no_grad()
-def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> None:
+def warm_up_kernels(options: SolveOptions, device: torch.device, *, scales: bool) -> None:
     """Solves a linear that is not large. scales: channel scales are searched too."""
     size = options.group_size
     width = COLUMNS if size == -1 else max(size, COLUMNS // size * size)
@@ -54,7 +54,12 @@ def rehearse(options: SolveOptions, device: torch.device, *, scales: bool) -> No
 
 
 def _solve(
-    H: Tensor, spec: GridSpec, options: SolveOptions, generator: torch.Generator, scales: bool, factor: Factor
+    H: Tensor,
+    spec: QuantScheme,
+    options: SolveOptions,
+    generator: torch.Generator,
+    scales: bool,
+    factor: Factor,
 ) -> None:
     """All that follows a factorization."""
     width = len(H)
@@ -64,7 +69,7 @@ def _solve(
         if scales and rows == ROWS[0]:
             choose_scales(W, H, factor, torch.arange(width, device=H.device), width, spec, AWQ_EFFORT)
             scale_(H, factor, ones)
-        grid = search_grid(W, metric_blocks(H, spec.group_size), spec, options.effort.search)
+        grid = search_qparams(W, hessian_blocks(H, spec.group_size), spec, options.effort.search)
         q = compensate(W, grid, spec, factor)
         descend(W, q, grid, spec, H, sweeps=1, refit=options.effort.refit)
 
@@ -78,7 +83,7 @@ def _identity(width: int, device: torch.device) -> Factor:
     return Factor(torch.eye(width, device=device), blocks, order, torch.ones(width, device=device), 0.0)
 
 
-class Rehearsal:
+class KernelWarmup:
     """A rehearsal in a thread, from `begin` to `end`; context manager, which is left when it is over.
 
     On the CPU there is nothing to rehearse, and no thread.
@@ -97,7 +102,7 @@ class Rehearsal:
 
     def _run(self, options: SolveOptions, device: torch.device, scales: bool) -> None:
         with suppress(Exception), torch.cuda.device(device):  # what fails here fails again where it matters
-            rehearse(options, device, scales=scales)
+            warm_up_kernels(options, device, scales=scales)
 
     def end(self) -> None:
         """Waits for it: a process that ends in the middle of a compilation may crash."""

@@ -16,34 +16,34 @@ from llm_quantize.blockwise import tuning
 from llm_quantize.blockwise.block_solution import (
     STACK,
     BlockChanges,
+    Hessians,
     LayerReport,
-    Moments,
     Solved,
     solve_block,
 )
 from llm_quantize.blockwise.export import copy_outside, pass_through, settle_others, write_linear
-from llm_quantize.blockwise.reference import Follower
+from llm_quantize.blockwise.reference import ReferenceBlock
 from llm_quantize.blockwise.resume import KeptStates
-from llm_quantize.blockwise.run_context import Run
+from llm_quantize.blockwise.run_context import RunContext
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.console import Blocks
 from llm_quantize.errors import WorkError
 from llm_quantize.evaluation.perplexity import QuantizedSource
-from llm_quantize.kernels.streams import Lanes
+from llm_quantize.kernels.streams import StreamPool
 from llm_quantize.model import block_forward, suspended_forward
-from llm_quantize.model.awq_mappings import Fold, exact_folds, find_folds, unknown
+from llm_quantize.model.awq_mappings import AWQMapping, exact_mappings, find_mappings, unknown
 from llm_quantize.model.block_forward import linear_at
 from llm_quantize.model.source import Source
-from llm_quantize.model.suspended_forward import Passes, walk
-from llm_quantize.solver.hessian import SecondMoment
+from llm_quantize.model.suspended_forward import SuspendedForwards, resume_together
+from llm_quantize.solver.hessian import HessianAccumulator
 
 # Matrices that a linear's solution holds at most: of the second moment's size beside it, and of the weight's.
 FACTOR, ROUNDING = 2, 8
 
 
 @dataclass(slots=True)
-class Course:
+class ExecutionPlan:
     """How a run goes, which resuming it must not change, since the last bits depend on it.
 
     batch: as large as the run began with; home: where the states live; in_order: each linear of a block is rounded for
@@ -55,33 +55,33 @@ class Course:
     """
 
     batch: block_forward.MicroBatch
-    home: torch.device
+    storage: torch.device
     in_order: bool
     side_by_side: bool = True
     tuned: bool = True
 
 
 def quantize_blocks(
-    run: Run, windows: Windows, writer: CheckpointWriter, kept: KeptStates, course: Course
+    run: RunContext, windows: Windows, writer: CheckpointWriter, kept: KeptStates, execution: ExecutionPlan
 ) -> None:
     """Quantizes every block that the writer's journal does not list, one step each. What belongs to no block goes with
     the first one: it may be large, and is written while the others are worked on.
 
     Errors: `InputError` for an architecture that is not supported, `WorkError` for what fails.
     """
-    source, device, batch = run.source, run.device, course.batch
+    source, device, batch = run.source, run.device, execution.batch
     done = len(writer.steps)
     for step in writer.steps:
         run.reports += [LayerReport(**report) for report in step["reports"]]
     with run.console.blocks(len(source.blocks)) as progress:
         if done < len(source.blocks):
-            source.ahead(done, device)
+            source.prefetch(done, device)
             with run.stage("embed"):
-                followed = run.options.effort.followed(*windows.tokens.shape)
+                reference_windows = run.options.effort.reference_windows(*windows.tokens.shape)
                 loading = partial(run.stage, "load")
-                tokens, home = windows.tokens, course.home
-                states, calls = block_forward.embed(source, tokens, home, device, run.compute, loading)
-                reference = block_forward.copied(states, followed) if followed else None
+                tokens, storage = windows.tokens, execution.storage
+                states, calls = block_forward.embed(source, tokens, storage, device, run.compute, loading)
+                reference = block_forward.copied(states, reference_windows) if reference_windows else None
         if done:
             run.console.note(f"going on after {done} of {len(source.blocks)} blocks that an earlier run did")
             if done < len(source.blocks):
@@ -97,7 +97,7 @@ def quantize_blocks(
                         with run.stage("pass through"):
                             copy_outside(run, writer)
                     kwargs = calls.kwargs[index]
-                    onward = _block(run, index, writer, states, reference, kwargs, course, progress)
+                    onward = _block(run, index, writer, states, reference, kwargs, execution, progress)
                     break
                 except torch.cuda.OutOfMemoryError as error:
                     told = str(error)
@@ -105,7 +105,7 @@ def quantize_blocks(
                 source.release(source.modules[index])
                 writer.forget()
                 del run.reports[reported:]
-                course.side_by_side = False
+                execution.side_by_side = False
                 streams = [states] if reference is None else [states, reference]
                 _relieve(run, source.blocks[index], streams, batch, told)
             with onward:
@@ -123,66 +123,72 @@ def quantize_blocks(
 
 
 def _block(
-    run: Run,
+    run: RunContext,
     index: int,
     writer: CheckpointWriter,
     states: block_forward.States,
     reference: block_forward.States | None,
     kwargs: dict[str, Any],
-    course: Course,
+    execution: ExecutionPlan,
     progress: Blocks,
-) -> Passes | Follower:
+) -> SuspendedForwards | ReferenceBlock:
     """Quantizes one block and hands everything of it to the writer; the states stay as they are.
 
     reference: the source's own states of the first windows, where they are followed. The result takes the states on;
     it is the caller's to close.
     """
     source, name, block = run.source, run.source.blocks[index], run.source.modules[index]
-    batch = course.batch
+    batch = execution.batch
     progress.step("load")
     with run.stage("load"):
         source.load(block, name, run.device, run.compute)
-        source.ahead(index + 1, run.device)
+        source.prefetch(index + 1, run.device)
     groups = block_forward.distinct_inputs(block, states, kwargs)
     _all_reached(source, index, groups)
     stops = [paths[0] for paths in groups]
     widest = max(linear_at(block, path).in_features for path in stops)
     largest = max(sum(linear_at(block, path).weight.numel() for path in paths) for paths in groups)
-    room = suspended_forward.room(run.device, run.config.max_memory, widest, min(largest, STACK))
-    follower = None
+    suspension_budget = suspended_forward.suspension_budget(
+        run.device, run.config.max_memory, widest, min(largest, STACK)
+    )
+    reference_block = None
     if reference is not None:
         within = partial(run.stage, "capture")
-        follower = Follower(block, reference, states, kwargs, groups, batch, room, within)
+        reference_block = ReferenceBlock(
+            block, reference, states, kwargs, groups, batch, suspension_budget, within
+        )
     settle_others(run, block, index)  # the follower has them as they were
-    folds = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
-    onward = follower or Passes(block, states, kwargs, stops, batch, room)
+    mappings = _folds(run, index, states, kwargs) if run.config.method == "awq" else []
+    onward = reference_block or SuspendedForwards(block, states, kwargs, stops, batch, suspension_budget)
 
     def in_order(group: int) -> Tensor | None:
         """The moment of one group's input, all before it rounded."""
-        assert isinstance(onward, Passes)
+        assert isinstance(onward, SuspendedForwards)
         progress.step(f"capture {stops[group]}")
         with run.stage("capture"):
-            total = SecondMoment(linear_at(block, stops[group]).in_features, run.device)
-            for (reached,) in walk((onward,), group):
+            total = HessianAccumulator(linear_at(block, stops[group]).in_features, run.device)
+            for (reached,) in resume_together((onward,), group):
                 assert reached is not None
                 total.add(reached[0])
             return _finished(run, f"{name}.{stops[group]}", total)
 
-    moments: Moments = in_order
-    lanes = None
+    hessians: Hessians = in_order
+    streams = None
     try:
-        if folds or (follower is None and not course.in_order):
+        if mappings or (reference_block is None and not execution.in_order):
             progress.step("capture")
             with run.stage("capture"):
-                moments = _at_once(run, block, name, states, kwargs, groups, batch).pop
-            if course.side_by_side and follower is None:
-                lanes = _lanes(run, block, groups)
+                hessians = _at_once(run, block, name, states, kwargs, groups, batch).pop
+            if execution.side_by_side and reference_block is None:
+                streams = _lanes(run, block, groups)
         changes = BlockChanges()
-        args = (block, name, groups, moments, folds, run.options, changes, follower, lanes)
+        args = (block, name, groups, hessians, mappings, run.options, changes, reference_block, streams)
         with run.stage("solve"), closing(solve_block(*args)) as linears:
             ready: Iterable[Solved] = linears
-            if run.options.effort.tune and follower is not None and course.tuned:
-                ready = _tuned(run, index, list(linears), follower, states, kwargs, course, progress)
+            if run.options.effort.tune and reference_block is not None and execution.tuned:
+                ready = _tuned(
+                    run, index, list(linears), reference_block, states, kwargs, execution, progress
+                )
             for solved in ready:
                 progress.step(f"solved {solved.path}")
                 with run.stage("pack"):
@@ -196,28 +202,28 @@ def _block(
 
 
 def _tuned(
-    run: Run,
+    run: RunContext,
     index: int,
     solved: list[Solved],
-    follower: Follower,
+    reference_block: ReferenceBlock,
     states: block_forward.States,
     kwargs: dict[str, Any],
-    course: Course,
+    execution: ExecutionPlan,
     progress: Blocks,
 ) -> list[Solved]:
     """The linears of block `index` after tuning; as they are where there is no memory for that, and then no other
     block is tuned either."""
     block, name = run.source.modules[index], run.source.blocks[index]
-    follower.drop()
+    reference_block.drop()
     heads = int(getattr(run.source.config.get_text_config(), "num_attention_heads", 1))
     needed = tuning.memory(solved, states.length, heads)
     if _fits(run, needed):
         progress.step("tune")
         with run.stage("tune"), suppress(torch.cuda.OutOfMemoryError):
             windows = tuning.windows_used(run.options.effort.tune, states.length)
-            goal = follower.goal(name, windows)
+            goal = reference_block.goal(name, windows)
             return tuning.tune_block(block, solved, run.options, states, goal, kwargs)
-    course.tuned = False
+    execution.tuned = False
     run.console.warn(
         f"{name}: tuning takes about {needed / 2**30:.1f} GiB of {run.device}, which are not there: it is rounded "
         "without, as the blocks after it"
@@ -225,12 +231,16 @@ def _tuned(
     return solved
 
 
-def _fits(run: Run, needed: int) -> bool:
+def _fits(run: RunContext, needed: int) -> bool:
     return run.device.type != "cuda" or needed < block_forward.free_memory(run.device, run.config.max_memory)
 
 
 def _relieve(
-    run: Run, name: str, streams: list[block_forward.States], batch: block_forward.MicroBatch, told: str
+    run: RunContext,
+    name: str,
+    streams: list[block_forward.States],
+    batch: block_forward.MicroBatch,
+    told: str,
 ) -> None:
     """After memory ran out in a block: gives up what can be done without, for another attempt.
 
@@ -251,12 +261,12 @@ def _relieve(
 
 
 def _catch_up(
-    run: Run,
+    run: RunContext,
     writer: CheckpointWriter,
     kept: KeptStates,
     states: block_forward.States,
     reference: block_forward.States | None,
-    calls: block_forward.Calls,
+    calls: block_forward.BlockKwargs,
     batch: block_forward.MicroBatch,
 ) -> None:
     """Brings the states to where the first block that is not done takes them, through those in the files; and the
@@ -284,15 +294,15 @@ def _catch_up(
     batch.windows = writer.steps[-1]["windows"]
 
 
-def states_home(run: Run, tokens: Tensor) -> torch.device:
+def choose_storage(run: RunContext, tokens: Tensor) -> torch.device:
     """Where the states live, and those of the source that are followed: on the device if they take at most a third of
     what is free, else in host memory."""
     if run.device.type == "cpu":
         return run.device
     width = run.source.skeleton.get_input_embeddings().weight.shape[1]
     windows, length = tokens.shape
-    followed = run.options.effort.followed(windows, length)
-    needed = (windows + followed) * length * width * run.compute.itemsize
+    reference_windows = run.options.effort.reference_windows(windows, length)
+    needed = (windows + reference_windows) * length * width * run.compute.itemsize
     free = block_forward.free_memory(run.device, run.config.max_memory)
     return run.device if needed < free / 3 else torch.device("cpu")
 
@@ -304,23 +314,25 @@ def _all_reached(source: Source, index: int, groups: list[list[str]]) -> None:
         raise WorkError(f"{missed[0]} is never used in the forward pass: this architecture is not supported")
 
 
-def _folds(run: Run, index: int, states: block_forward.States, kwargs: dict[str, Any]) -> list[Fold]:
+def _folds(
+    run: RunContext, index: int, states: block_forward.States, kwargs: dict[str, Any]
+) -> list[AWQMapping]:
     """The folds of block `index` that hold for what it computes. Errors: `InputError` where the first has none."""
     block = run.source.modules[index]
-    named = find_folds(block, run.source.config)
-    folds = exact_folds(
+    named = find_mappings(block, run.source.config)
+    mappings = exact_mappings(
         block, named, states.get(0, 1), lambda hidden: block_forward.forward(block, hidden, kwargs)
     )
-    if index == 0 and not folds:
+    if index == 0 and not mappings:
         raise unknown(block)
-    if index == 0 and len(folds) < len(named):
-        without = ", ".join(t for fold in named if fold not in folds for t in fold.targets)
+    if index == 0 and len(mappings) < len(named):
+        without = ", ".join(t for mapping in named if mapping not in mappings for t in mapping.targets)
         run.console.warn(f"{type(block).__name__}: no channel scales fit {without}; rounded without them")
-    return folds
+    return mappings
 
 
 def _at_once(
-    run: Run,
+    run: RunContext,
     block: torch.nn.Module,
     name: str,
     states: block_forward.States,
@@ -329,12 +341,12 @@ def _at_once(
     batch: block_forward.MicroBatch,
 ) -> dict[int, Tensor | None]:
     """The moments of all groups' inputs by their numbers, from one pass through the block as it is."""
-    sums = [SecondMoment(linear_at(block, paths[0]).in_features, run.device) for paths in groups]
+    sums = [HessianAccumulator(linear_at(block, paths[0]).in_features, run.device) for paths in groups]
     block_forward.capture(block, states, kwargs, groups, batch, lambda index, x: sums[index].add(x))
     return {i: _finished(run, f"{name}.{groups[i][0]}", total) for i, total in enumerate(sums)}
 
 
-def _lanes(run: Run, block: torch.nn.Module, groups: list[list[str]]) -> Lanes | None:
+def _lanes(run: RunContext, block: torch.nn.Module, groups: list[list[str]]) -> StreamPool | None:
     """One for each group of linears, on a GPU with room for all of them and for what else lies there."""
     if run.device.type != "cuda":
         return None
@@ -345,10 +357,10 @@ def _lanes(run: Run, block: torch.nn.Module, groups: list[list[str]]) -> Lanes |
             FACTOR * width**2 + ROUNDING * width * sum(linear_at(block, p).out_features for p in paths)
         )
     free = block_forward.free_memory(run.device, run.config.max_memory)
-    return Lanes.on(run.device, len(groups)) if 2 * needed < free else None
+    return StreamPool.on(run.device, len(groups)) if 2 * needed < free else None
 
 
-def _finished(run: Run, name: str, total: SecondMoment) -> Tensor | None:
+def _finished(run: RunContext, name: str, total: HessianAccumulator) -> Tensor | None:
     if total.finite():
         return total.finish()
     run.console.warn(f"{name}: its inputs overflow; rounded to nearest")

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from llm_quantize.model import block_forward
-from llm_quantize.model.suspended_forward import Passes, walk
-from llm_quantize.solver.hessian import CrossMoment, SecondMoment
+from llm_quantize.model.suspended_forward import SuspendedForwards, resume_together
+from llm_quantize.solver.hessian import CrossAccumulator, HessianAccumulator
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class InputMismatch:
     """Means over the calibration tokens, float32; of those with `x~` over the windows of the source's states.
 
     `x`: a group's input in the quantized model, `x~` in the source.
@@ -36,7 +36,7 @@ class Drift:
     stream: Tensor | None
 
 
-class Follower:
+class ReferenceBlock:
     """One block of the source and its states, beside the block that is being quantized.
 
     reference: the source's own states, of all windows or the first ones; groups: paths that share an input, in the
@@ -52,7 +52,7 @@ class Follower:
         kwargs: dict[str, Any],
         groups: list[list[str]],
         batch: block_forward.MicroBatch,
-        room: float,
+        suspension_budget: float,
         within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.within = within
@@ -66,10 +66,12 @@ class Follower:
             if len(paths) == 1 and paths[0] in self.writers
         }
         self._groups = groups
-        self._far = Passes(self.twin, reference, kwargs, stops, batch, room / 2, before)
-        self._near = Passes(block, states, kwargs, stops, batch, room / 2, before)
+        self._far = SuspendedForwards(
+            self.twin, reference, kwargs, stops, batch, suspension_budget / 2, before
+        )
+        self._near = SuspendedForwards(block, states, kwargs, stops, batch, suspension_budget / 2, before)
 
-    def __enter__(self) -> Follower:
+    def __enter__(self) -> ReferenceBlock:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +102,7 @@ class Follower:
         """The source's weight of a linear, float32 (out, in)."""
         return block_forward.linear_at(self.twin, path).weight.detach().float()
 
-    def drift(self, index: int, channels: Tensor | None) -> Drift | None:
+    def mismatch(self, index: int, channels: Tensor | None) -> InputMismatch | None:
         """The drift of group `index`, whose predecessors in the block are quantized; None where it is not finite.
 
         channels: what the group's inputs have been divided by since (in), or None.
@@ -108,14 +110,14 @@ class Follower:
         with self.within():
             return self._drift(index, channels)
 
-    def _drift(self, index: int, channels: Tensor | None) -> Drift | None:
+    def _drift(self, index: int, channels: Tensor | None) -> InputMismatch | None:
         first = block_forward.linear_at(self.twin, self._groups[index][0])
-        H = SecondMoment(first.in_features, self.device)
-        inputs = CrossMoment(first.in_features, first.in_features, self.device)
+        H = HessianAccumulator(first.in_features, self.device)
+        inputs = CrossAccumulator(first.in_features, first.in_features, self.device)
         stream = None
         if index in self._near.before:
-            stream = CrossMoment(first.out_features, first.in_features, self.device)
-        for near, far in walk((self._near, self._far), index):
+            stream = CrossAccumulator(first.out_features, first.in_features, self.device)
+        for near, far in resume_together((self._near, self._far), index):
             assert near is not None
             x, r = near
             H.add(x)
@@ -129,7 +131,7 @@ class Follower:
                 stream.add((r_aimed.float() - r[: len(aimed)].float()).to(x.dtype), x)
         if not H.finite():
             return None
-        found = Drift(H.finish(), inputs.finish(), None if stream is None else stream.finish())
+        found = InputMismatch(H.finish(), inputs.finish(), None if stream is None else stream.finish())
         for tensor in (found.inputs, found.stream):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 return None

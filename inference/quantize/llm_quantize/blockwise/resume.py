@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_quantize.config import QuantizeConfig
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.io import safetensors_files
-from llm_quantize.io.atomic_directory import Staging
+from llm_quantize.io.atomic_directory import AtomicDirectory
 from llm_quantize.io.journal import Journal
 from llm_quantize.model.block_forward import States
 from llm_quantize.model.source import Source
@@ -92,25 +92,25 @@ def _weights(source: Source) -> str:
 
 
 def first_entry(
-    staging: Staging, run: dict[str, str | int | float], more: dict[str, Any], *, restart: bool
+    output_dir: AtomicDirectory, run: dict[str, str | int | float], more: dict[str, Any], *, restart: bool
 ) -> dict[str, Any]:
     """The first entry of the journal: that of the run to be continued, else a new one with `more` in it.
 
     Errors: `InputError`, saying what differs, where the staging place holds another run.
     """
-    journal = Journal(staging.work / "journal")
+    journal = Journal(output_dir.work / "journal")
     if restart:
-        staging.clear()
+        output_dir.clear()
     elif journal.entries:
         there = journal.entries[0].get("run")
         if there == run:
             return journal.entries[0]
         if isinstance(there, dict) and len(journal.entries) > 1:
             raise InputError(
-                f"an interrupted run to {staging.shown} is kept in {staging.work.name}, and this one differs in "
+                f"an interrupted run to {output_dir.shown} is kept in {output_dir.work.name}, and this one differs in "
                 f"{_differences(there, run)}: add --restart to begin anew, or repeat its command"
             )
-        staging.clear()
+        output_dir.clear()
     return {"run": run, **more}
 
 
@@ -137,8 +137,8 @@ class KeptStates:
     absent, old or damaged costs time only. `keep` False: nothing is written or read.
     """
 
-    def __init__(self, staging: Staging, keep: bool) -> None:
-        self._path = staging.work / "states.safetensors"
+    def __init__(self, output_dir: AtomicDirectory, keep: bool) -> None:
+        self._path = output_dir.work / "states.safetensors"
         self._keep = keep
         self._rate = _RATE
         self._last = time.monotonic()

@@ -23,14 +23,14 @@ from llm_quantize.evaluation.perplexity import pick_device
 from llm_quantize.formats import packing
 from llm_quantize.io.atomic_directory import check_target
 from llm_quantize.io.hub import resolve_model
-from llm_quantize.model.awq_mappings import find_folds
+from llm_quantize.model.awq_mappings import find_mappings
 from llm_quantize.model.source import Scratch, Source, convert_pickles
 
 AWQ_DAMPING = 0.05  # of the mean diagonal; measured on held-out text
 
 
 @dataclass(slots=True)
-class Run:
+class RunContext:
     """Everything that is known before the first block, and what is learnt on the way: times and layers."""
 
     config: QuantizeConfig
@@ -88,7 +88,7 @@ class Run:
 
 def prepare(
     config: QuantizeConfig, console: Console, checked: Callable[[torch.device, Any], None] = lambda *_: None
-) -> Run:
+) -> RunContext:
     """Opens the source and asks everything that can be asked of it now. Errors: `InputError`, before any long work.
 
     checked: is given the device and the model's config, before the seconds that building the model takes.
@@ -126,7 +126,7 @@ def prepare(
     if config.backend != registry.NATIVE:
         _check_library(config, source, console)
     elif config.method == "awq":
-        find_folds(source.modules[0], source.config)  # refuses an unknown architecture now
+        find_mappings(source.modules[0], source.config)  # refuses an unknown architecture now
     outside = (
         sum(path.stat().st_size for path in set(source.files.values())) - parameters * source.dtype.itemsize
     )
@@ -144,7 +144,7 @@ def prepare(
             f"--calib_seq_len {config.calibration.seq_len} is more than the model takes: at most {limit}"
         )
     options = solve_options(config, source.dtype)
-    return Run(
+    return RunContext(
         config,
         console,
         source,

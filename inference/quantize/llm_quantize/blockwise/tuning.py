@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from llm_quantize.blockwise.block_solution import Solved, SolveOptions
 from llm_quantize.kernels.precision import representable
 from llm_quantize.model import block_forward
-from llm_quantize.solver.qparams import Grid, GridSpec, dequantize
+from llm_quantize.solver.qparams import QParams, QuantScheme, dequantize
 
 TOKENS = 2048  # of one step
 EPOCHS = 6  # at most so many times the same windows: more fits them and not the text
@@ -99,7 +99,7 @@ def tune_block(
     del optimizer
     if not sample() < before:  # nor where it is no number
         return solved
-    return [linear.settle(block) for linear in linears]
+    return [linear.make_durable(block) for linear in linears]
 
 
 def _shuffled(pieces: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -169,7 +169,7 @@ class _Linear:
 
     def __init__(self, solved: Solved, options: SolveOptions, device: torch.device) -> None:
         self._solved, self.path = solved, solved.path
-        self._spec: GridSpec = options.spec(solved.q.shape[1])
+        self._spec: QuantScheme = options.spec(solved.q.shape[1])
         order = None if solved.g_idx is None else torch.argsort(solved.g_idx, stable=True).to(device)
         self._place = None if order is None else torch.argsort(order)  # of each column among the groups
         self._zero, self._scale = solved.grid.zero.to(device), solved.grid.scale.to(device)
@@ -184,33 +184,33 @@ class _Linear:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """De-quantized as it now is, (out, in)."""
-        made: Tensor = _Rounded.apply(self.u, self._scale * self.factor, self._zero, self._spec.levels, dtype)
+        made: Tensor = _Rounded.apply(self.u, self._scale * self.factor, self._zero, self._spec.qmax, dtype)
         return self._back(made)
 
     @torch.no_grad()
-    def settle(self, block: nn.Module) -> Solved:
+    def make_durable(self, block: nn.Module) -> Solved:
         """What the file will hold, which the block gets too."""
-        size, levels = self._spec.group_size, self._spec.levels
-        grid = Grid(representable(self._scale * self.factor, self._spec.scale_dtypes), self._zero)
-        q = _steps(self.u, self._zero, levels) + self._zero.unsqueeze(2)
+        size, qmax = self._spec.group_size, self._spec.qmax
+        grid = QParams(representable(self._scale * self.factor, self._spec.scale_dtypes), self._zero)
+        q = _steps(self.u, self._zero, qmax) + self._zero.unsqueeze(2)
         integers = q.flatten(1).to(torch.uint8)
         weight = block_forward.linear_at(block, self.path).weight
         weight.copy_(self._back(dequantize(integers, grid, size)).to(weight.dtype))
         return replace(self._solved, q=self._back(integers).contiguous(), grid=grid)
 
 
-def _steps(u: Tensor, zero: Tensor, levels: int) -> Tensor:
+def _steps(u: Tensor, zero: Tensor, qmax: int) -> Tensor:
     """Signed whole steps `q - z` of each group, (out, groups, columns)."""
     low = -zero.unsqueeze(2)
-    return torch.round(u.view(*zero.shape, -1)).clamp_(low, low + levels)
+    return torch.round(u.view(*zero.shape, -1)).clamp_(low, low + qmax)
 
 
 class _Rounded(torch.autograd.Function):
     """`round(u) * scale`, with the gradient of `u * scale` for `u` and of `round(u) * scale` for the scale."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, scale: Tensor, zero: Tensor, levels: int, dtype: torch.dtype) -> Tensor:
-        steps = _steps(u, zero, levels)
+    def forward(ctx: Any, u: Tensor, scale: Tensor, zero: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
+        steps = _steps(u, zero, qmax)
         ctx.save_for_backward(steps.to(torch.int16), scale)
         return steps.mul_(scale.unsqueeze(2)).to(dtype).view_as(u)
 

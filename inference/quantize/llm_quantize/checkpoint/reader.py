@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm_quantize.errors import InputError, WorkError, one_line
-from llm_quantize.io.pinned_copies import Incoming
+from llm_quantize.io.pinned_copies import Prefetcher
 from llm_quantize.model.source import read_json, tensor_files
 
 # What a linear's packed integers are called after its name.
@@ -36,12 +36,12 @@ _AT_ONCE = 1 << 23  # values unpacked together; each takes some 40 bytes on the 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # column k of eight lies in this nibble, lowest first
 
 
-def dequantized(directory: Path) -> Saved:
+def dequantized(directory: Path) -> QuantizedCheckpoint:
     """Opens a quantized directory. Errors: `InputError` where it is none, or in a layout not known here."""
-    return Saved(directory)
+    return QuantizedCheckpoint(directory)
 
 
-class Saved:
+class QuantizedCheckpoint:
     """A reader: `read("X.weight")` is the de-quantized weight, float32 (out, in); other tensors as stored.
 
     `files` maps the names that can be read to the shard that holds them; `linears` are the quantized `X`.
@@ -69,15 +69,15 @@ class Saved:
         self.files = {name: file for name, file in self._stored.items() if name not in packed}
         self.files |= {f"{linear}.weight": self._stored[linear + end] for linear in self.linears}
         self._handles: dict[Path, Any] = {}
-        self._incoming = Incoming(self._mapped)
+        self._prefetcher = Prefetcher(self._mapped)
 
-    def ahead(self, prefix: str, device: torch.device) -> None:
+    def prefetch(self, prefix: str, device: torch.device) -> None:
         """Begins to read all tensors whose names begin with `prefix`, packed as they are, for `read` on `device`.
 
         As `source.Source.ahead`.
         """
-        if self._incoming.serves(device):
-            self._incoming.begin(name for name in self._stored if name.startswith(prefix))
+        if self._prefetcher.serves(device):
+            self._prefetcher.begin(name for name in self._stored if name.startswith(prefix))
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One tensor on `device`. Errors: `WorkError`, naming tensor and shard."""
@@ -107,7 +107,7 @@ class Saved:
 
     def _tensor(self, name: str, device: torch.device | str) -> Tensor:
         place = torch.device(device)
-        tensor = self._incoming.take(name, place)
+        tensor = self._prefetcher.take(name, place)
         return self._mapped(name).to(place) if tensor is None else tensor
 
     def _mapped(self, name: str) -> Tensor:

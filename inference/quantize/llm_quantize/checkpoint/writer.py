@@ -23,9 +23,9 @@ from torch import Tensor
 from llm_quantize.errors import WorkError
 from llm_quantize.formats.packing import SUFFIXES, unpack
 from llm_quantize.io import safetensors_files
-from llm_quantize.io.atomic_directory import GIB, Staging, as_json, failure, sync
+from llm_quantize.io.atomic_directory import GIB, AtomicDirectory, as_json, failure, sync
 from llm_quantize.io.journal import Journal
-from llm_quantize.io.pinned_copies import Outgoing
+from llm_quantize.io.pinned_copies import DeviceToHostCopier
 from llm_quantize.io.safetensors_files import Planned
 
 _WAITING = 512 << 20  # bytes that may wait for the thread
@@ -59,7 +59,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        staging: Staging,
+        output_dir: AtomicDirectory,
         tensors: Sequence[Planned],
         first: dict[str, Any],
         *,
@@ -68,23 +68,23 @@ class CheckpointWriter:
     ) -> None:
         if not tensors:
             raise WorkError("nothing to write: the checkpoint has no tensors")
-        self.directory = staging.content
+        self.directory = output_dir.content
         self.steps: list[Any] = []
-        self._staging = staging
+        self._output_dir = output_dir
         self._first = first
         self._keep = keep
         self._plan = {tensor.name: tensor for tensor in tensors}
         self._shards = safetensors_files.plan(tensors, shard_bytes)
         self._handles: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}  # descriptor and offset of each tensor
-        self._journal = Journal(staging.work / "journal")
+        self._journal = Journal(output_dir.work / "journal")
         self._digests: dict[str, str] = {}  # of what was handed in, filled by the thread
         self._layers: dict[str, list[str]] = {}
         self._step: list[str] = []  # what was added since the last commit
         self._step_layers: list[str] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._outgoing = Outgoing()
+        self._copier = DeviceToHostCopier()
         self._error: WorkError | None = None
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class CheckpointWriter:
             self._open()
         except OSError as error:
             self._close()
-            raise failure(error, self._staging.target.parent) from None
+            raise failure(error, self._output_dir.target.parent) from None
         except BaseException:
             self._close()
             raise
@@ -115,7 +115,7 @@ class CheckpointWriter:
     def _open(self) -> None:
         done = self._intact()
         if done == 0:
-            self._staging.clear()
+            self._output_dir.clear()
             self._handles = [safetensors_files.create(shard, self.directory) for shard in self._shards]
             self._write_index()
             for path in (*self.directory.iterdir(), self.directory):
@@ -130,7 +130,7 @@ class CheckpointWriter:
         for handle, shard in zip(self._handles, self._shards, strict=True):
             self._places |= {name: (handle, offset) for name, offset in shard.offsets.items()}
         self.steps = [entry["data"] for entry in self._journal.entries[1:]]
-        self._staging.keep = self._keep and bool(self.steps)
+        self._output_dir.keep = self._keep and bool(self.steps)
 
     def _intact(self) -> int:
         """How many of the journal's entries hold: the first is this run's, and the files have what they list."""
@@ -230,7 +230,7 @@ class CheckpointWriter:
                 os.fsync(handle)
             listed = {name: self._digests[name] for name in names}
             self._journal.append({"tensors": listed, "layers": layers, "data": data})
-            self._staging.keep = self._keep
+            self._output_dir.keep = self._keep
 
         self._make_room(0)
         self._submit(write, 0)
@@ -248,7 +248,7 @@ class CheckpointWriter:
             self._submit(lambda: work(host), host.nbytes, held=0)
             return
         self._make_room(tensor.nbytes)
-        landing = self._outgoing.take(tensor)
+        landing = self._copier.take(tensor)
         if landing is not None:
             self._submit(lambda: work(landing.wait()), tensor.nbytes, landing.release)
             return
@@ -281,7 +281,7 @@ class CheckpointWriter:
                 if self._error is None:  # nothing may be listed after a write that failed
                     work()
             except OSError as error:
-                self._error = failure(error, self._staging.target.parent, size)
+                self._error = failure(error, self._output_dir.target.parent, size)
             finally:
                 after()
 
@@ -354,7 +354,7 @@ class CheckpointWriter:
         try:
             sync(self.directory)
         except OSError as error:
-            raise failure(error, self._staging.target.parent) from None
+            raise failure(error, self._output_dir.target.parent) from None
 
     def _compare(self, name: str, tensor: Tensor, file: str) -> None:
         planned = self._plan[name]

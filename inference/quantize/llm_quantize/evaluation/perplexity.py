@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.calibration.windows import load_windows, longest_window
-from llm_quantize.checkpoint.reader import Saved, dequantized
+from llm_quantize.checkpoint.reader import QuantizedCheckpoint, dequantized
 from llm_quantize.config import EMBEDDED_HELDOUT, CalibrationConfig, QuantizeConfig
 from llm_quantize.console import Console
 from llm_quantize.errors import InputError, WorkError, one_line
@@ -60,7 +60,7 @@ class QuantizedSource(Source):
     what = "quantized checkpoint"
 
     def __init__(self, source: Source, directory: Path) -> None:
-        self.saved: Saved = dequantized(directory)
+        self.saved: QuantizedCheckpoint = dequantized(directory)
         skeleton = copy.deepcopy(source.skeleton)
         super().__init__(directory, source.config, skeleton, source.tokenizer, self.saved.files)
 
@@ -71,10 +71,10 @@ class QuantizedSource(Source):
     def _weights_dtype(self, stored: str) -> torch.dtype:
         return torch.float32  # without unpacking it
 
-    def ahead(self, index: int, device: torch.device) -> None:
+    def prefetch(self, index: int, device: torch.device) -> None:
         """As of any `Source`; what is read ahead are the packed tensors."""
         if index < len(self.blocks):
-            self.saved.ahead(self.stored_name(f"{self.blocks[index]}."), device)
+            self.saved.prefetch(self.stored_name(f"{self.blocks[index]}."), device)
 
 
 # -- measuring
@@ -104,16 +104,16 @@ def measure(
     if len(models[1].blocks) != len(source.blocks):
         raise InputError(f"{quantized} has another number of blocks than its source: is it of another model?")
     for model in models:
-        model.ahead(0, device)
-    home = _home(source, tokens, device, dtype)
+        model.prefetch(0, device)
+    storage = _home(source, tokens, device, dtype)
     widest = max(max(linear.in_features, linear.out_features) for linear in source.linears(0))
-    entered = [block_forward.embed(model, tokens, home, device, dtype) for model in models]
+    entered = [block_forward.embed(model, tokens, storage, device, dtype) for model in models]
     batch = block_forward.MicroBatch(device, tokens.shape[1], widest)
     for index, name in enumerate(source.blocks):
         for model, (states, calls) in zip(models, entered, strict=True):
             block = model.modules[index]
             model.load(block, name, device, dtype)
-            model.ahead(index + 1, device)
+            model.prefetch(index + 1, device)
             block_forward.replay(block, name, states, calls.kwargs[index], batch)
             model.release(block)
         if on_block is not None:

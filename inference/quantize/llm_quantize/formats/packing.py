@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.errors import InputError
-from llm_quantize.solver.qparams import Grid
+from llm_quantize.solver.qparams import QParams
 
 # The tensors of a linear, by what follows its name; an asymmetric `compressed-tensors` one has all four.
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -123,7 +123,7 @@ def trivial_g_idx(in_features: int, group_size: int, device: torch.device | str 
 def pack(
     layout: str,
     q: Tensor,
-    grid: Grid,
+    grid: QParams,
     group_size: int,
     bits: int,
     *,

@@ -62,7 +62,7 @@ def check_target(path: Path, overwrite: bool, bytes_needed: int = 0, source: Pat
         raise InputError(f"{parent} is not a directory: choose another --output_path")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent} is not writable: choose another --output_path")
-    free = shutil.disk_usage(parent).free + _held(_staging_of(target))
+    free = shutil.disk_usage(parent).free + _held(_work_directory_of(target))
     if free < bytes_needed:
         raise InputError(
             f"too little disk at {parent}: about {size(bytes_needed)} needed, {size(free)} free: "
@@ -72,7 +72,7 @@ def check_target(path: Path, overwrite: bool, bytes_needed: int = 0, source: Pat
 
 def check_before_work(path: Path, overwrite: bool) -> None:
     """As `check_target`, but where an earlier run's staging place waits: only its end may be missing."""
-    if not _staging_of(Path(os.path.realpath(path))).exists():
+    if not _work_directory_of(Path(os.path.realpath(path))).exists():
         check_target(path, overwrite)
 
 
@@ -81,7 +81,7 @@ def size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB // 8 else f"{-(-count // 1024)} KiB"
 
 
-def _staging_of(target: Path) -> Path:
+def _work_directory_of(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
@@ -125,7 +125,7 @@ def sync(path: Path) -> None:
 # The staging place
 
 
-class Staging:
+class AtomicDirectory:
     """Context manager: a locked place beside `target` where its next content is made.
 
     `work` is the place, `content` the directory in it that `publish` renames to the target. On leaving without
@@ -137,7 +137,7 @@ class Staging:
         self.shown = Path(target)
         self.target = Path(os.path.realpath(target))
         self.overwrite = overwrite
-        self.work = _staging_of(self.target)
+        self.work = _work_directory_of(self.target)
         self.content = self.work / "checkpoint"
         self.keep = False
         self._old = self.target.parent / f".{self.target.name}.old"
@@ -249,7 +249,7 @@ class Staging:
             raise failure(error, self.target.parent) from None
         return tuple(skipped)
 
-    def settle(self) -> None:
+    def make_durable(self) -> None:
         """Makes files that another program left in the content durable, and as readable as files are here."""
         mask = os.umask(0)
         os.umask(mask)

@@ -54,7 +54,7 @@ def _part(memory: Tensor, start: int, like: Tensor) -> Tensor:
 # Out of the device
 
 
-class Landing:
+class PendingCopy:
     """One tensor on its way: `wait` gives it, in host memory that is its own until `release`."""
 
     def __init__(self, host: Tensor, done: Callable[[], object], release: Callable[[], None]) -> None:
@@ -71,7 +71,7 @@ class _Place:
         self.start, self.stop, self.free = start, stop, False
 
 
-class Outgoing:
+class DeviceToHostCopier:
     """Copies tensors from a GPU into a ring of `size` bytes of pinned memory, on a stream of its own.
 
     One thread takes, any thread releases. The tensors may be changed or dropped as soon as `take` returns: that is
@@ -90,7 +90,7 @@ class Outgoing:
         """Whether tensors there need this."""
         return tensor.is_cuda
 
-    def take(self, tensor: Tensor) -> Landing | None:
+    def take(self, tensor: Tensor) -> PendingCopy | None:
         """Begins to copy `tensor`; waits for room alone. None where it does not fit at all, or is in host memory.
 
         Who waits for room relies on others to release: nobody may hold two that could be released.
@@ -115,7 +115,7 @@ class Outgoing:
         except BaseException:
             self._release(place)
             raise
-        return Landing(host, done, lambda: self._release(place))
+        return PendingCopy(host, done, lambda: self._release(place))
 
     def launch(self, host: Tensor, tensor: Tensor) -> Callable[[], object]:
         """Begins the copy; the result waits for its end."""
@@ -160,7 +160,7 @@ class _Batch:
         self.left = set(self.found)  # for the one who takes
 
 
-class Incoming:
+class Prefetcher:
     """Reads tensors ahead, in a thread, into one piece of pinned memory as large as the largest batch.
 
     read: gives a tensor in host memory, as far as can be without reading it (mapped); may be called in the thread.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.kernels.precision import split, split_fourfold, tensor_cores
-from llm_quantize.kernels.streams import Beside
+from llm_quantize.kernels.streams import SideStream
 
 PANEL = 1024  # columns of a triangle on the diagonal, which the library's Cholesky takes
 WIDE = 4096  # columns that are told of a panel at a time
@@ -36,12 +36,12 @@ Parts = tuple[Tensor, ...]  # a matrix, or two whose sum it is
 UNIT = 2.0**14  # what half precision takes a one for: far from both ends of its range
 
 
-def takes_halves(tensor: Tensor) -> bool:
+def has_half_products(tensor: Tensor) -> bool:
     """Whether matrices of half precision are multiplied into float32 where `tensor` is: torch 2.8 and later, a GPU."""
     return tensor.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def halves_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+def half_product_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
     """`out <- beta out + alpha a b`: `a`, `b` float16 or bfloat16, whose products are exact in float32, as `out` is."""
     if beta == 0 and alpha == 1:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -119,7 +119,7 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
     later: list[Callable[[], None]] = []  # updates of columns that neither of the next panels waits for
     # One triangle follows from the one before and the block below that. Few of a GPU's processors work on them, on a
     # stream of their own; the others do the rest of the panel before.
-    with Beside(A.device) as beside:
+    with SideStream(A.device) as beside:
         with beside.stream():
             triangle(0, min(PANEL, n))
         for a, inverse in zip(starts, inverses, strict=True):
@@ -139,7 +139,7 @@ def cholesky_(A: Tensor) -> tuple[Tensor, list[Tensor]]:
                 triangle(b, c)
             A[a:b, b:] = 0
             parts = None
-            if takes_halves(A) and _threefold(A[b:, a:b], inverse):
+            if has_half_products(A) and _threefold(A[b:, a:b], inverse):
                 parts = A.new_empty(n - b, 4 * (b - a), dtype=torch.float16)
                 split_fourfold(A[b:c, a:b], parts[: c - b], UNIT)
             for r in range(c, n, ROWS):
@@ -170,7 +170,7 @@ def _update_(A: Tensor, parts: Tensor | None, a: int, b: int, r: int, c: int, d:
         return
     # low high + high low + high high, in one product: the small ones first, while the sum is small too.
     depth = b - a
-    halves_(out, parts[r - b :, depth:], parts[c - b : d - b, : 3 * depth].T, alpha=-1 / UNIT**2)
+    half_product_(out, parts[r - b :, depth:], parts[c - b : d - b, : 3 * depth].T, alpha=-1 / UNIT**2)
 
 
 def _by_the_library_(A: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -30,7 +30,7 @@ class Descent:
     scale: Tensor
     zero: Tensor
     H: Tensor
-    levels: int
+    qmax: int
     q: Tensor
     delta: Tensor
     refit: tuple[torch.dtype, ...] | None
@@ -50,11 +50,11 @@ def descend_columns(state: Descent, part: slice, first: int, missing: Tensor | N
 
 def _descend_torch(state: Descent, part: slice, first: int, missing: Tensor | None) -> None:
     index = part.start // state.size
-    gradient, H, q, levels, refit = (
+    gradient, H, q, qmax, refit = (
         state.gradient[part],
         state.H[part, part],
         state.q[part],
-        state.levels,
+        state.qmax,
         state.refit,
     )
     scale, zero, delta = (
@@ -87,7 +87,7 @@ def _descend_torch(state: Descent, part: slice, first: int, missing: Tensor | No
         target = old + g[start:stop] * inverse
         steps = torch.empty_like(target)
         for j in range(stop - start):
-            steps[j] = torch.round(torch.minimum(torch.maximum(target[j], -zero), levels - zero)) - old[j]
+            steps[j] = torch.round(torch.minimum(torch.maximum(target[j], -zero), qmax - zero)) - old[j]
             target[j + 1 :].addr_(block[j + 1 :, j], steps[j], alpha=-1.0)
         new = old + steps
         q[start:stop] = (new + zero).to(torch.uint8)
@@ -103,7 +103,7 @@ def _descend_torch(state: Descent, part: slice, first: int, missing: Tensor | No
 def _descend_kernel(  # type: ignore[no-untyped-def]
     gradient, missing, q, delta, scale, zero, H, coupled, column_units, row_units, begin, end, told, columns, size,
     out, gradient_stride, missing_stride, q_stride, delta_stride, scale_stride, zero_stride, H_stride,
-    coupled_stride, levels, MISSING: tl.constexpr, SPAN: tl.constexpr, UNITS: tl.constexpr, REFIT: tl.constexpr,
+    coupled_stride, qmax, MISSING: tl.constexpr, SPAN: tl.constexpr, UNITS: tl.constexpr, REFIT: tl.constexpr,
     HALF: tl.constexpr, BRAIN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -168,7 +168,7 @@ def _descend_kernel(  # type: ignore[no-untyped-def]
             tl.store(scales + row, s, mask=inside)
         # In steps of the grid the integers are all that counts, and no division is left.
         tile *= tl.div_rn(tl.full((B,), 1.0, tl.float32), s)[None, :]
-        low, high = -z[None, :], levels - z[None, :]
+        low, high = -z[None, :], qmax - z[None, :]
         for start in range(0, C, S):
             part = start + i
             present = part < columns
@@ -228,7 +228,7 @@ def _descend_triton(
         _descend_kernel, (triton.cdiv(q.shape[1], B),),
         gradient, other, q, delta, scale, zero, H, couple, *(state.units or (H, H)), part.start, part.stop, first,
         whole, state.size, q.shape[1], gradient.stride(0), other.stride(0), q.stride(0), delta.stride(0),
-        scale.stride(0), zero.stride(0), H.stride(0), couple.stride(0), float(state.levels), warps=1,
+        scale.stride(0), zero.stride(0), H.stride(0), couple.stride(0), float(state.qmax), warps=1,
         MISSING=missing is not None, SPAN=columns is not None, UNITS=state.units is not None,
         REFIT=state.refit is not None, HALF=half, BRAIN=brain, C=padded(whole), S=SUB, B=B, K=deep,
     )  # fmt: skip

@@ -25,7 +25,7 @@ class Rounding:
     zero: Tensor
     group: Tensor
     R: Tensor
-    levels: int
+    qmax: int
     q: Tensor
     errors: Tensor
 
@@ -54,7 +54,7 @@ def _compensate_torch(state: Rounding, part: slice) -> None:
         step = slice(start, stop)
         # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the loop.
         s, z = s_all[step], z_all[step]
-        low, high = -z, state.levels - z
+        low, high = -z, state.qmax - z
         block = R[step, step] / diagonal[step, None]
         y, inverse = work[step] / s, 1 / s
         u = torch.empty_like(y)
@@ -72,7 +72,7 @@ def _compensate_torch(state: Rounding, part: slice) -> None:
 @jit
 def _compensate_kernel(  # type: ignore[no-untyped-def]
     work, errors, q, scale, zero, group, R, begin, end, out, work_stride, errors_stride, q_stride, scale_stride,
-    zero_stride, R_stride, levels, SPAN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    zero_stride, R_stride, qmax, SPAN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -116,7 +116,7 @@ def _compensate_kernel(  # type: ignore[no-untyped-def]
             block = tl.div_rn(block, tl.zeros_like(block) + diagonal[None, :])
             inverse = tl.div_rn(tl.full((S, B), 1.0, tl.float32), s)
             y = tl.div_rn(take_part(tile, start // S, C, S, B), s)
-            low, high = -z, levels - z
+            low, high = -z, qmax - z
             for j in range(S):
                 own = i == j
                 # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
@@ -143,6 +143,6 @@ def _compensate_triton(state: Rounding, part: slice) -> None:
     launch(
         _compensate_kernel, (triton.cdiv(out, B),),
         work, errors, q, scale, zero, state.group.contiguous(), R, part.start, part.stop, out, work.stride(0),
-        errors.stride(0), q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(state.levels), warps=1,
+        errors.stride(0), q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(state.qmax), warps=1,
         SPAN=whole, C=COLUMNS if whole else padded(count), S=SUB, B=B, K=32,
     )  # fmt: skip

@@ -24,22 +24,22 @@ def can_search(W: Tensor, M: Tensor, dtypes: tuple[torch.dtype, ...]) -> bool:
 
 
 @jit
-def _steps(W, scale, zero, levels):  # type: ignore[no-untyped-def]
+def _steps(W, scale, zero, qmax):  # type: ignore[no-untyped-def]
     """Signed steps `q - z` of rounding to nearest: (rows, g)."""
     z = zero[:, None]
     # One division a row and not one a weight: another integer only where a weight lies within 2^-23 of a tie.
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    return nearest(W * inverse[:, None], -z, levels - z)
+    return nearest(W * inverse[:, None], -z, qmax - z)
 
 
 @jit
 def _offer(  # type: ignore[no-untyped-def]
-    W, M, loss, best, zero, scale, candidate, levels,
+    W, M, loss, best, zero, scale, candidate, qmax,
     HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(loss, scale, zero) after trying `scale`, `candidate` against the best so far."""
     scale = to_representable(scale, HALF, BRAIN)
-    E = W - _steps(W, scale, candidate, levels) * scale[:, None]
+    E = W - _steps(W, scale, candidate, qmax) * scale[:, None]
     fresh = tl.sum(tl.dot(E, M, input_precision=PRECISION) * E, axis=1)
     better = fresh < loss
     return tl.where(better, fresh, loss), tl.where(better, scale, best), tl.where(better, candidate, zero)
@@ -47,7 +47,7 @@ def _offer(  # type: ignore[no-untyped-def]
 
 @jit
 def _search_kernel(  # type: ignore[no-untyped-def]
-    weights, metric, factors, losses, scales, zeros, rows, row_stride, group_stride, metric_stride, levels,
+    weights, metric, factors, losses, scales, zeros, rows, row_stride, group_stride, metric_stride, qmax,
     middle, zero_min, sweep, refits, neighbours, SYMMETRIC: tl.constexpr, HALF: tl.constexpr,
     BRAIN: tl.constexpr, PRECISION: tl.constexpr, g: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -74,15 +74,15 @@ def _search_kernel(  # type: ignore[no-untyped-def]
         for i in range(2 * sweep):
             factor = tl.load(factors + i % sweep)
             scale = tl.where(i < sweep, span, -span) * factor
-            loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, levels, HALF, BRAIN, PRECISION)
+            loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, qmax, HALF, BRAIN, PRECISION)
     else:
         low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-        span = tl.div_rn(high - low, tl.zeros_like(low) + levels)
+        span = tl.div_rn(high - low, tl.zeros_like(low) + qmax)
         for i in range(sweep):
             scale = span * tl.load(factors + i)
             centre = tl.div_rn(-(low + high), 2.0 * tl.maximum(scale, 1e-30)) + middle
-            centre = nearest(centre, zero_min, levels)
-            loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, levels, HALF, BRAIN, PRECISION)
+            centre = nearest(centre, zero_min, qmax)
+            loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, qmax, HALF, BRAIN, PRECISION)
         start = best
         centre = zero
         for i in range(2 * neighbours):
@@ -90,16 +90,16 @@ def _search_kernel(  # type: ignore[no-untyped-def]
             first = i % neighbours == 0
             start = tl.where(first, best, start)
             shift = tl.where(i < neighbours, -1.0, 1.0)
-            centre = tl.where(first, tl.minimum(tl.maximum(zero + shift, zero_min), levels), centre)
+            centre = tl.where(first, tl.minimum(tl.maximum(zero + shift, zero_min), qmax), centre)
             scale = start * tl.load(factors + sweep + i % neighbours)
-            loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, levels, HALF, BRAIN, PRECISION)
+            loss, best, zero = _offer(W, M, loss, best, zero, scale, centre, qmax, HALF, BRAIN, PRECISION)
     for _ in range(refits):
         # The least-squares scale for the integers at hand: u^T M w / u^T M u.
-        U = _steps(W, best, zero, levels)
+        U = _steps(W, best, zero, qmax)
         UM = tl.dot(U, M, input_precision=PRECISION)
         scale = tl.div_rn(tl.sum(UM * W, axis=1), tl.maximum(tl.sum(UM * U, axis=1), 1e-30))
         scale = tl.where(scale == 0.0, best, scale)
-        loss, best, zero = _offer(W, M, loss, best, zero, scale, zero, levels, HALF, BRAIN, PRECISION)
+        loss, best, zero = _offer(W, M, loss, best, zero, scale, zero, qmax, HALF, BRAIN, PRECISION)
     to = group * rows + row
     tl.store(losses + to, loss, mask=inside)
     tl.store(scales + to, best, mask=inside)
@@ -123,7 +123,7 @@ def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def search_groups(
-    W: Tensor, M: Tensor, factors: list[float], *, levels: int, symmetric: bool, zero_min: int,
+    W: Tensor, M: Tensor, factors: list[float], *, qmax: int, symmetric: bool, zero_min: int,
     dtypes: tuple[torch.dtype, ...], refits: int, precision: str = "tf32",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The best scale and zero of each group and row, and the error there: three float32 (G, out).
@@ -144,8 +144,8 @@ def search_groups(
     B, warps = _search_tile(W, precision)
     launch(
         _search_kernel, (triton.cdiv(out, B), groups),
-        W, M, table, loss, scale, zero, out, W.stride(0), W.stride(1), M.stride(0), float(levels),
-        float((levels + 1) // 2) if symmetric else levels / 2, float(zero_min), len(factors), refits,
+        W, M, table, loss, scale, zero, out, W.stride(0), W.stride(1), M.stride(0), float(qmax),
+        float((qmax + 1) // 2) if symmetric else qmax / 2, float(zero_min), len(factors), refits,
         len(NEIGHBOURS), warps=warps, SYMMETRIC=symmetric, HALF=half, BRAIN=brain,
         PRECISION=precision, g=g, B=B,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 
-class Lanes:
+class StreamPool:
     """Streams by number; without any (on the CPU, or where memory is short) all work is done in the caller's order.
 
     A context manager: at its end the caller's stream waits for all of them. Inside, nothing of the caller's may be
@@ -26,7 +26,7 @@ class Lanes:
         self._streams = streams
 
     @classmethod
-    def on(cls, device: torch.device, count: int) -> Lanes:
+    def on(cls, device: torch.device, count: int) -> StreamPool:
         """`count` of them on a GPU, always the same ones: each keeps memory for its own next use. None on the CPU."""
         return cls(_streams(device, count) if device.type == "cuda" else ())
 
@@ -40,7 +40,7 @@ class Lanes:
             self.join(index)
 
     @contextmanager
-    def lane(self, index: int, after: Iterable[int] = ()) -> Iterator[None]:
+    def stream(self, index: int, after: Iterable[int] = ()) -> Iterator[None]:
         """What is begun inside runs on lane `index`, behind all that it, the lanes `after` and the caller's stream have
         been given."""
         if not self._streams:
@@ -60,7 +60,7 @@ class Lanes:
             torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
-class Beside:
+class SideStream:
     """One more stream, beside the current one of a GPU, for what its caller need not wait for at once.
 
     A context manager: at its end the caller's stream waits for the other. Memory that is taken inside `stream` must be
@@ -108,7 +108,7 @@ def _streams(device: torch.device, count: int) -> tuple[Any, ...]:
     return tuple(torch.cuda.Stream(device) for _ in range(count))  # type: ignore[no-untyped-call]
 
 
-class Mark:
+class Timestamp:
     """A moment in what the current stream does, or on the CPU a moment."""
 
     def __init__(self, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class Mark:
             self._event.record(torch.cuda.current_stream(device))
         self._time = time.perf_counter()
 
-    def since(self, earlier: Mark) -> float:
+    def since(self, earlier: Timestamp) -> float:
         """Seconds from `earlier` to this. Waits for this."""
         if self._event is None:
             return self._time - earlier._time

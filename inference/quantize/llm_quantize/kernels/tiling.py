@@ -61,7 +61,7 @@ def padded(columns: int) -> int:
     return max(SUB, int(triton.next_power_of_2(columns)))
 
 
-def takes_several(tensor: Tensor, rows: int) -> bool:
+def spans_several_blocks(tensor: Tensor, rows: int) -> bool:
     """Whether kernels do well with several pieces of so many rows of weights at once, where `tensor` is.
 
     With few rows a kernel has little to do in a piece: waiting takes longer, for its own start and for the library's

@@ -19,7 +19,7 @@ from llm_quantize.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
+class AWQMapping:
     """`targets` share an input whose channel `c` comes from row `rows[c]` of `source` (a norm or a linear).
 
     `rows`: int64 (in); several channels may come from one row (a value head that several query heads share).
@@ -54,10 +54,10 @@ _GATED = (
 )
 
 
-def find_folds(block: nn.Module, config: Any) -> list[Fold]:
+def find_mappings(block: nn.Module, config: Any) -> list[AWQMapping]:
     """The folds of a block, in the order in which the block computes. Errors: `InputError` where none is known."""
     modules = dict(block.named_modules())
-    folds: list[Fold] = []
+    mappings: list[AWQMapping] = []
     taken: set[str] = set()
 
     def width(path: str) -> int:
@@ -69,7 +69,7 @@ def find_folds(block: nn.Module, config: Any) -> list[Fold]:
         if norm in modules and all(t in modules for t in targets) and not taken & set(targets):
             weight = getattr(modules[norm], "weight", None)
             if isinstance(weight, Tensor) and weight.numel() == width(targets[0]):
-                folds.append(Fold(norm, targets, torch.arange(width(targets[0]))))
+                mappings.append(AWQMapping(norm, targets, torch.arange(width(targets[0]))))
                 taken |= set(targets)
     for source, target, layout in (*_ATTENTION, *_GATED):
         if source in modules and target in modules and target not in taken:
@@ -79,12 +79,12 @@ def find_folds(block: nn.Module, config: Any) -> list[Fold]:
                 else (_gated_rows(modules, source, target, layout))
             )
             if rows is not None:
-                folds.append(Fold(source, (target,), rows))
+                mappings.append(AWQMapping(source, (target,), rows))
                 taken.add(target)
-    if not folds:
+    if not mappings:
         raise unknown(block)
     order = {path: position for position, path in enumerate(modules)}
-    return sorted(folds, key=lambda fold: order[fold.targets[0]])
+    return sorted(mappings, key=lambda mapping: order[mapping.targets[0]])
 
 
 def unknown(block: nn.Module) -> InputError:
@@ -151,7 +151,7 @@ def _offset(norm: nn.Module) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Folded:
+class AppliedMapping:
     """What a fold did: `channels` float32 (in) multiplies the targets' input channels; `rows` float32 (out of the
     source) divides the source's rows where it is a linear; `changed` are the block's parameters that now differ.
     """
@@ -162,23 +162,23 @@ class Folded:
 
 
 @torch.no_grad()
-def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> Folded:
+def apply_mapping(block: nn.Module, mapping: AWQMapping, scale: Tensor, dtype: torch.dtype) -> AppliedMapping:
     """Divides what produces the fold's input by `scale` (one per source row, float32), as stored in `dtype`.
 
     A norm is changed at once, and the targets' scale undoes exactly what was stored: the norm's weight loses digits
     in `dtype`. A linear's weight is left to the caller, who quantizes it anyway; its bias is changed here. A scale of
     exactly one changes nothing. The device is not waited for, if `fold.rows` are there.
     """
-    source = block.get_submodule(fold.source)
-    rows = fold.rows.to(scale.device)
+    source = block.get_submodule(mapping.source)
+    rows = mapping.rows.to(scale.device)
     bias = getattr(source, "bias", None)
-    bias_name = (f"{fold.source}.bias",) if isinstance(bias, Tensor) else ()
+    bias_name = (f"{mapping.source}.bias",) if isinstance(bias, Tensor) else ()
     if isinstance(source, nn.Linear):
         divisor = torch.ones(source.out_features, device=scale.device)
         divisor[rows] = scale[rows]
         if isinstance(bias, Tensor):
             _divide_(bias, divisor, dtype)
-        return Folded(divisor[rows], divisor, bias_name)
+        return AppliedMapping(divisor[rows], divisor, bias_name)
     offset = _offset(source)
     weight = source.weight
     assert isinstance(weight, Tensor)
@@ -191,7 +191,7 @@ def apply_fold(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) 
     weight.copy_(torch.where(usable, new, weight.float()))
     if isinstance(bias, Tensor):
         _divide_(bias, actual, dtype)
-    return Folded(actual, None, (f"{fold.source}.weight", *bias_name))
+    return AppliedMapping(actual, None, (f"{mapping.source}.weight", *bias_name))
 
 
 def _divide_(bias: Tensor, divisor: Tensor, dtype: torch.dtype) -> None:
@@ -200,9 +200,9 @@ def _divide_(bias: Tensor, divisor: Tensor, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def exact_folds(
-    block: nn.Module, folds: list[Fold], hidden: Tensor, forward: Callable[[Tensor], Tensor]
-) -> list[Fold]:
+def exact_mappings(
+    block: nn.Module, mappings: list[AWQMapping], hidden: Tensor, forward: Callable[[Tensor], Tensor]
+) -> list[AWQMapping]:
     """Those of `folds` that leave what the block makes of `hidden` as it is; the block itself stays unchanged.
 
     Names alone do not tell: a norm may be called like one before the linears and stand behind them, and something
@@ -213,47 +213,47 @@ def exact_folds(
     # Beside what the block adds, not beside the states, which may be far larger.
     allowed = max(0.01, 4 * torch.finfo(hidden.dtype).eps) * float((plain - hidden.float()).abs().mean())
 
-    def holds(tried: list[Fold]) -> bool:
+    def holds(tried: list[AWQMapping]) -> bool:
         names = {
             f"{path}.{leaf}" for f in tried for path in (f.source, *f.targets) for leaf in ("weight", "bias")
         }
         saved = {n: p.detach().clone() for n, p in block.named_parameters() if n in names}
         try:
-            for fold in tried:
-                _apply_in_place(block, fold)
+            for mapping in tried:
+                _apply_in_place(block, mapping)
             return float((forward(hidden).float() - plain).abs().mean()) <= allowed
         finally:
             for name, value in saved.items():
                 block.get_parameter(name).copy_(value)
 
-    return folds if holds(folds) else [fold for fold in folds if holds([fold])]
+    return mappings if holds(mappings) else [mapping for mapping in mappings if holds([mapping])]
 
 
-def _apply_in_place(block: nn.Module, fold: Fold) -> None:
-    first = block.get_submodule(fold.targets[0])
+def _apply_in_place(block: nn.Module, mapping: AWQMapping) -> None:
+    first = block.get_submodule(mapping.targets[0])
     assert isinstance(first, nn.Linear)
-    scale = torch.exp2((torch.arange(sources(block, fold), device=first.weight.device) % 4).float())
-    scale_block(block, fold, scale, first.weight.dtype)
+    scale = torch.exp2((torch.arange(sources(block, mapping), device=first.weight.device) % 4).float())
+    smooth_block(block, mapping, scale, first.weight.dtype)
 
 
-def sources(block: nn.Module, fold: Fold) -> int:
+def sources(block: nn.Module, mapping: AWQMapping) -> int:
     """How many scales a fold has: the outputs of a source that is linear, the channels of a norm."""
-    source, first = block.get_submodule(fold.source), block.get_submodule(fold.targets[0])
+    source, first = block.get_submodule(mapping.source), block.get_submodule(mapping.targets[0])
     assert isinstance(first, nn.Linear)
     return source.out_features if isinstance(source, nn.Linear) else first.in_features
 
 
 @torch.no_grad()
-def scale_block(block: nn.Module, fold: Fold, scale: Tensor, dtype: torch.dtype) -> None:
+def smooth_block(block: nn.Module, mapping: AWQMapping, scale: Tensor, dtype: torch.dtype) -> None:
     """Applies a fold to the whole block in place, which goes on computing what it did: source and targets.
 
     scale: float32 (sources); dtype: as for `apply_fold`.
     """
-    folded = apply_fold(block, fold, scale, dtype)
-    source = block.get_submodule(fold.source)
+    folded = apply_mapping(block, mapping, scale, dtype)
+    source = block.get_submodule(mapping.source)
     if isinstance(source, nn.Linear) and folded.rows is not None:
         source.weight.div_(folded.rows[:, None])
-    for path in fold.targets:
+    for path in mapping.targets:
         target = block.get_submodule(path)
         assert isinstance(target, nn.Linear)
         target.weight.mul_(folded.channels)

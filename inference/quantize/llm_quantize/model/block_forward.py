@@ -86,10 +86,10 @@ class States:
     """Hidden states of all windows, (windows, length, width), on the device or in (pinned) host memory."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, home: torch.device, device: torch.device
+        self, shape: tuple[int, ...], dtype: torch.dtype, storage: torch.device, device: torch.device
     ) -> None:
-        pin = home.type == "cpu" and device.type == "cuda"
-        self.data = torch.empty(shape, dtype=dtype, device=home, pin_memory=pin)
+        pin = storage.type == "cpu" and device.type == "cuda"
+        self.data = torch.empty(shape, dtype=dtype, device=storage, pin_memory=pin)
         self.device = device
         self._copies: torch.cuda.Stream | None = None  # where states travel, beside the work
         self._ahead: tuple[int, int, Tensor] | None = None
@@ -105,7 +105,7 @@ class States:
         """The states of windows `start` to `stop` on the device; a view where they live there."""
         if not self.data.is_pinned():
             return self.data[start:stop].to(self.device)
-        self.ahead(start, stop)
+        self.prefetch(start, stop)
         assert self._ahead is not None
         assert self._copies is not None
         found, self._ahead = self._ahead[2], None
@@ -114,7 +114,7 @@ class States:
         found.record_stream(current)
         return found
 
-    def ahead(self, start: int, stop: int) -> None:
+    def prefetch(self, start: int, stop: int) -> None:
         """Begins to bring what `get` will be asked for next, if it is elsewhere."""
         stop = min(stop, len(self))
         if not self.data.is_pinned() or start >= stop or (self._ahead and self._ahead[:2] == (start, stop)):
@@ -160,7 +160,7 @@ def copied(states: States, windows: int) -> States:
 
 
 @dataclass(slots=True)
-class Calls:
+class BlockKwargs:
     """The keyword arguments that each block is called with beside its states."""
 
     kwargs: list[dict[str, Any]]
@@ -170,11 +170,11 @@ class Calls:
 def embed(
     source: Source,
     tokens: Tensor,
-    home: torch.device,
+    storage: torch.device,
     device: torch.device,
     dtype: torch.dtype,
     loading: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> tuple[States, Calls]:
+) -> tuple[States, BlockKwargs]:
     """The states that enter block 0 for `tokens` (windows, length), and every block's other arguments.
 
     `loading` is entered while weights are read. Errors: `InputError` for a token that the model has no embedding of
@@ -218,12 +218,12 @@ def embed(
         with _stand_ins(source, catch), suppress(_Stop):
             base(input_ids=batch, use_cache=False)
         if states is None:
-            states = _make_states((*shape, caught[0].shape[-1]), caught[0].dtype, home, device)
+            states = _make_states((*shape, caught[0].shape[-1]), caught[0].dtype, storage, device)
         states.put(start, start + batch.shape[0], caught[0])
     for module in loaded:
         Source.release(module)
     assert states is not None
-    return states, Calls(calls)
+    return states, BlockKwargs(calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +268,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _make_states(
-    shape: tuple[int, int, int], dtype: torch.dtype, home: torch.device, device: torch.device
+    shape: tuple[int, int, int], dtype: torch.dtype, storage: torch.device, device: torch.device
 ) -> States:
     try:
-        return States(shape, dtype, home, device)
+        return States(shape, dtype, storage, device)
     except torch.cuda.OutOfMemoryError:
         return States(shape, dtype, torch.device("cpu"), device)
 
@@ -445,7 +445,7 @@ def capture(
             stop = min(start + batch.windows, len(states))
             try:
                 hidden = states.get(start, stop)
-                states.ahead(stop, stop + batch.windows)
+                states.prefetch(stop, stop + batch.windows)
                 forward(block, hidden, kwargs)
             except _Stop:
                 pass
@@ -480,7 +480,7 @@ def replay(
 
         def run(start: int, stop: int) -> Tensor:
             hidden = states.get(start, stop)
-            states.ahead(stop, stop + batch.windows)
+            states.prefetch(stop, stop + batch.windows)
             return forward(block, hidden, kwargs)
 
     finite = torch.ones((), dtype=torch.bool, device=states.device)

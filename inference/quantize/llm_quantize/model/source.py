@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from llm_quantize.errors import FinalError, InputError, WorkError, is_failure, one_line
 from llm_quantize.io import safetensors_files
-from llm_quantize.io.pinned_copies import Incoming
+from llm_quantize.io.pinned_copies import Prefetcher
 from llm_quantize.io.untrusted import (
     check_counts,
     check_files,
@@ -248,7 +248,7 @@ class Source:
         self.list_name, self.modules = _find_blocks(skeleton, config)
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
         self._handles: dict[Path, Any] = {}
-        self._incoming = Incoming(self._mapped)
+        self._prefetcher = Prefetcher(self._mapped)
         self._cleaned: Scratch | None = None
         self._prefix = self._name_shift()
         self.dtype = self._weights_dtype(self.stored_name(f"{self.linears(0)[0].name}.weight"))
@@ -361,7 +361,7 @@ class Source:
         """One tensor as stored, read ahead or now. Errors: `WorkError` naming shard and tensor."""
         place = torch.device(device)
         try:
-            tensor = self._incoming.take(stored, place)
+            tensor = self._prefetcher.take(stored, place)
             return self._mapped(stored).to(place) if tensor is None else tensor
         except RuntimeError as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -384,14 +384,14 @@ class Source:
             raise WorkError(f"cannot read {stored} from {path.name}: {one_line(error)}") from None
         return tensor
 
-    def ahead(self, index: int, device: torch.device) -> None:
+    def prefetch(self, index: int, device: torch.device) -> None:
         """Begins to read block `index`, in the background, which `load` then finds in pinned host memory.
 
         For whoever is about to work on the block before: what is read ahead is dropped by the next call. Nothing
         happens past the last block, on the CPU, and where host memory is short. Errors are raised by `load`.
         """
-        if index < len(self.blocks) and self._incoming.serves(device):
-            self._incoming.begin(self._names_of(index))
+        if index < len(self.blocks) and self._prefetcher.serves(device):
+            self._prefetcher.begin(self._names_of(index))
 
     def _names_of(self, index: int) -> list[str]:
         """What is in the files of block `index`."""

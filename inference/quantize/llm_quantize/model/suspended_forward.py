@@ -24,7 +24,7 @@ SHARE = 0.6  # of the memory that is free beside what solving takes
 class _Pass(greenlet):
     """One pass over windows `start` to `stop`; `target`: which stop it halts at next, None for the end."""
 
-    def __init__(self, owner: Passes, start: int, stop: int) -> None:
+    def __init__(self, owner: SuspendedForwards, start: int, stop: int) -> None:
         super().__init__(self._forward)
         self.owner, self.start, self.stop = owner, start, stop
         self.target: int | None = None
@@ -36,13 +36,13 @@ class _Pass(greenlet):
         hidden = owner.states.get(self.start, self.stop)
         following = (self.stop, self.stop + owner.batch.windows)
         if following not in owner._halted:
-            owner.states.ahead(*following)
+            owner.states.prefetch(*following)
         if None in owner.watched:
             self.kept[None] = hidden
         return block_forward.forward(owner.block, hidden, owner.kwargs)
 
 
-class Passes:
+class SuspendedForwards:
     """The passes of all windows over one block.
 
     stops: the linears that passes halt at, in the order in which the block reaches them; before: for some of them, by
@@ -57,13 +57,13 @@ class Passes:
         kwargs: dict[str, Any],
         stops: Sequence[str],
         batch: block_forward.MicroBatch,
-        room: float,
+        suspension_budget: float,
         before: Mapping[int, str | None] | None = None,
     ) -> None:
         self.block, self.states, self.kwargs, self.batch = block, states, kwargs, batch
         self.before = dict(before or {})
         self.watched = set(self.before.values())
-        self._room = room
+        self._room = suspension_budget
         self._halted: dict[tuple[int, int], _Pass] = {}
         self._handles = [
             block.get_submodule(path).register_forward_pre_hook(self._keeper(path))
@@ -75,7 +75,7 @@ class Passes:
             for index, path in enumerate(stops)
         ]
 
-    def __enter__(self) -> Passes:
+    def __enter__(self) -> SuspendedForwards:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,7 +126,7 @@ class Passes:
             running.held = value.nbytes  # nobody counts there; about what is needed to go on
         return running, value
 
-    def reach(self, start: int, stop: int, index: int) -> tuple[Tensor, Tensor | None]:
+    def resume(self, start: int, stop: int, index: int) -> tuple[Tensor, Tensor | None]:
         """What enters stop `index` for windows `start` to `stop`, and what entered the module before it, if one is
         wanted: (tokens, width). The pass waits there, if there is room."""
         running, x = self._go_on(start, stop, index)
@@ -173,7 +173,9 @@ def pieces(windows: int, size: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, Tensor | None] | None]]:
+def resume_together(
+    together: Sequence[SuspendedForwards], index: int
+) -> Iterator[list[tuple[Tensor, Tensor | None] | None]]:
     """Brings passes over the same windows, of one micro-batch, to stop `index`, and hands over what each reaches: None
     and less of it where one has fewer windows than the first.
 
@@ -188,7 +190,7 @@ def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, 
         stop = min(start + batch.windows, count)
         try:
             reached = [
-                passes.reach(start, min(stop, len(passes.states)), index)
+                passes.resume(start, min(stop, len(passes.states)), index)
                 if start < len(passes.states)
                 else None
                 for passes in together
@@ -206,7 +208,7 @@ def walk(together: Sequence[Passes], index: int) -> Iterator[list[tuple[Tensor, 
         start = stop
 
 
-def room(device: torch.device, limit: float | None, widest: int, largest: int) -> float:
+def suspension_budget(device: torch.device, limit: float | None, widest: int, largest: int) -> float:
     """Bytes that halted passes may hold beside what solving takes.
 
     `limit` as for `block_forward.free_memory`; widest: input channels; largest: weights that are rounded together.

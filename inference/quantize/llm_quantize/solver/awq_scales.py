@@ -21,9 +21,16 @@ from torch import Tensor
 from llm_quantize.kernels.permutation import divide_
 from llm_quantize.kernels.precision import power_of_two, tensor_cores
 from llm_quantize.solver.gptq import Factor, compensate
-from llm_quantize.solver.qparams import Grid, GridSpec, SearchEffort, dequantize, metric_blocks, search_grid
+from llm_quantize.solver.qparams import (
+    QParams,
+    QuantScheme,
+    ScaleSearch,
+    dequantize,
+    hessian_blocks,
+    search_qparams,
+)
 
-EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 ROWS = 128  # rows of the weights that candidates are judged on
 
 
@@ -38,9 +45,9 @@ class ChannelScales:
     losses: Tensor
 
     @property
-    def exponent(self) -> float:
+    def alpha(self) -> float:
         """Of the best candidate; zero for no scaling, whose scales are exactly one. Waits for the device."""
-        return EXPONENTS[int(_best(self.losses))]
+        return ALPHAS[int(_best(self.losses))]
 
 
 def _best(losses: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ def _best(losses: Tensor) -> Tensor:
     return losses.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
 
 
-def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ...]) -> Tensor:
+def candidates(H: Tensor, rows: Tensor, sources: int, alphas: tuple[float, ...]) -> Tensor:
     """Scales `rms^exponent`, geometric middle at one, float32 (exponents, sources).
 
     Tied channels take their mean power. The device is not waited for.
@@ -62,14 +69,14 @@ def candidates(H: Tensor, rows: Tensor, sources: int, exponents: tuple[float, ..
     rms = (power / count.clamp(min=1)).sqrt()
     floor = rms.sum() / used.sum() * 1e-4 + 1e-20  # no power, no part in the sum
     rms = rms.clamp(min=floor)
-    scale = torch.stack([rms.pow(exponent) for exponent in exponents])
+    scale = torch.stack([rms.pow(alpha) for alpha in alphas])
     largest = torch.where(used, scale, 0.0).amax(1, keepdim=True)
     smallest = torch.where(used, scale, torch.inf).amin(1, keepdim=True)
     return torch.where(used, scale / (largest * smallest).sqrt(), 1.0)
 
 
 def choose_scales(
-    W: Tensor, H: Tensor, factor: Factor, rows: Tensor, sources: int, spec: GridSpec, effort: SearchEffort
+    W: Tensor, H: Tensor, factor: Factor, rows: Tensor, sources: int, spec: QuantScheme, effort: ScaleSearch
 ) -> ChannelScales:
     """The best exponent for weights `W` (out, in), all targets of one fold stacked, float32.
 
@@ -78,19 +85,19 @@ def choose_scales(
     stride = max(1, W.shape[0] // ROWS)
     sample = W[::stride].contiguous()
     out, width = sample.shape
-    size, count = spec.group_size, len(EXPONENTS)
-    scales = candidates(H, rows, sources, EXPONENTS)
+    size, count = spec.group_size, len(ALPHAS)
+    scales = candidates(H, rows, sources, ALPHAS)
     channels = scales[:, rows]  # (candidates, in)
     # Each candidate's groups stand beside the others', as if of one wide matrix: one search for all.
     wide = (sample.unsqueeze(1) * channels).reshape(out, count * width)
     part = channels.reshape(count, -1, 1, size)
-    plain = metric_blocks(H, size)
+    plain = hessian_blocks(H, size)
     blocks = plain / (part * part if plain.shape[1] == 1 else part.mT * part)
-    grid = search_grid(wide, blocks.flatten(0, 1), spec, effort)
+    grid = search_qparams(wide, blocks.flatten(0, 1), spec, effort)
     steps, zeros = (
         each.reshape(out, count, -1, 1).transpose(0, 1).contiguous() for each in (grid.scale, grid.zero)
     )
-    every = Grid(
+    every = QParams(
         (steps / channels.reshape(count, 1, -1, size)).reshape(count * out, width),
         zeros.expand(-1, -1, -1, size).reshape(count * out, width),
     )

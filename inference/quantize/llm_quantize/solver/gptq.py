@@ -23,8 +23,8 @@ from llm_quantize.kernels.coordinate_descent import Descent, are_even, descend_c
 from llm_quantize.kernels.gptq_columns import Rounding, compensate_columns
 from llm_quantize.kernels.permutation import permute, transposed, transposed_back, turn_
 from llm_quantize.kernels.precision import halved, halved_error, power_of_two, tensor_cores
-from llm_quantize.kernels.tiling import COLUMNS, TOGETHER, takes_several
-from llm_quantize.solver.qparams import Grid, GridSpec, dequantize
+from llm_quantize.kernels.tiling import COLUMNS, TOGETHER, spans_several_blocks
+from llm_quantize.solver.qparams import QParams, QuantScheme, dequantize
 
 OUTLIER = 10.0  # times the median of the diagonal
 SPAN = 1024  # columns after which all the others are told: a product this deep is not bound by memory
@@ -177,7 +177,7 @@ def _factor(
 
 
 @tensor_cores()
-def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
+def compensate(W: Tensor, grid: QParams, spec: QuantScheme, factor: Factor) -> Tensor:
     """GPTQ's recursion over the static groups of `grid`: integers, uint8 (out, in), in the channels' own order.
 
     W: float32 (out, in).
@@ -192,16 +192,16 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
     first = len(factor.inverses[0])
     told = torch.empty(width - first, out, device=W.device)  # what the columns after the first span are told
     unit = None
-    if cholesky.takes_halves(W):
+    if cholesky.has_half_products(W):
         largest = factor.norms.new_zeros(len(scale)).scatter_reduce_(0, group, factor.norms, "amax")
-        unit = _unit(scale * largest[:, None], spec.levels)
+        unit = _unit(scale * largest[:, None], spec.qmax)
     for span, R in factor.spans():
         work = lost[span].clone()
         if span.start:
             heard = told[span.start - first : span.stop - first]
             work.addmm_(R.T, heard if unit is None else heard.div_(unit))
         _compensate_span(
-            Rounding(work, scale, zero, group[span], R, spec.levels, q[span], torch.empty_like(work))
+            Rounding(work, scale, zero, group[span], R, spec.qmax, q[span], torch.empty_like(work))
         )
         if span.stop < width:
             later, rest = told[span.stop - first :], U[span, span.stop :]
@@ -212,21 +212,21 @@ def compensate(W: Tensor, grid: Grid, spec: GridSpec, factor: Factor) -> Tensor:
             else:
                 by = factor.norms[span]
                 lost_half = halved(lost[span], by, unit, minus=work)
-                cholesky.halves_(later, halved(rest, 1 / by).T, lost_half, beta=again)
+                cholesky.half_product_(later, halved(rest, 1 / by).T, lost_half, beta=again)
     return transposed_back(q, order)
 
 
-def _unit(scale: Tensor, levels: int) -> Tensor:
+def _unit(scale: Tensor, qmax: int) -> Tensor:
     """Powers of two, float32 (out): times them, errors on a grid of `scale` (groups, out) are in the range of half
     precision."""
     # No weight is eight times as far from a grid as the grid is wide.
-    return power_of_two(4096 / levels / scale.abs().amax(0).clamp(min=1e-30))
+    return power_of_two(4096 / qmax / scale.abs().amax(0).clamp(min=1e-30))
 
 
 def _compensate_span(state: Rounding) -> None:
     """Rounds all columns of `state`."""
     work, turned, columns = state.work, state.R.T, len(state.work)
-    step = TOGETHER if takes_several(work, work.shape[1]) else COLUMNS
+    step = TOGETHER if spans_several_blocks(work, work.shape[1]) else COLUMNS
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         if start:
@@ -237,8 +237,8 @@ def _compensate_span(state: Rounding) -> None:
 
 @tensor_cores()
 def descend(
-    W: Tensor, q: Tensor, grid: Grid, spec: GridSpec, H: Tensor, *, sweeps: int, refit: bool
-) -> tuple[Tensor, Grid]:
+    W: Tensor, q: Tensor, grid: QParams, spec: QuantScheme, H: Tensor, *, sweeps: int, refit: bool
+) -> tuple[Tensor, QParams]:
     """Coordinate descent on the integers, and with `refit` on the scales too, from where `compensate` ended.
 
     Each step sets one group's scale, then one integer at a time, to what minimizes the whole quadratic form with
@@ -251,8 +251,8 @@ def descend(
     # rows keeps its bits. The gradient's rows are too, and all errors are in units of their own.
     coupled, units = H, None
     multiply_: Callable[..., object] = Tensor.addmm_
-    if cholesky.takes_halves(W):
-        by, unit, multiply_ = norms(H), _unit(scale, spec.levels), cholesky.halves_
+    if cholesky.has_half_products(W):
+        by, unit, multiply_ = norms(H), _unit(scale, spec.qmax), cholesky.half_product_
         most = by.amax(0, keepdim=True) / HEADROOM
         coupled, units = halved(H, 1 / (by * most)), (by * most, unit)
         error = halved_error(W, q, grid.scale, grid.zero, size, unit)
@@ -268,8 +268,8 @@ def descend(
     changes = torch.empty(deepest, out, dtype=coupled.dtype, device=W.device)
     missing = torch.empty(min(COLUMNS, size), out, device=W.device)
 
-    state = Descent(gradient, scale, zero, H, spec.levels, integers, changes, dtypes, size, units, coupled)
-    several = takes_several(W, out) and are_even(spans[0])
+    state = Descent(gradient, scale, zero, H, spec.qmax, integers, changes, dtypes, size, units, coupled)
+    several = spans_several_blocks(W, out) and are_even(spans[0])
     for sweep in range(sweeps):
         for span in spans:
             first, last = span[0].start, span[-1].stop
@@ -286,7 +286,7 @@ def descend(
             rest = slice(last if sweep == sweeps - 1 else 0, width)
             if rest.start < width:
                 multiply_(gradient[rest], coupled[rest, first:last], changes[: last - first], alpha=-1.0)
-    return transposed(integers), Grid(scale.T.contiguous(), zero.T.contiguous())
+    return transposed(integers), QParams(scale.T.contiguous(), zero.T.contiguous())
 
 
 def _spans(width: int, size: int) -> list[list[slice]]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm_quantize.kernels.cholesky import halves_, takes_halves
+from llm_quantize.kernels.cholesky import half_product_, has_half_products
 
 BLOCKS = 8  # block rows of a wide H at least: 36 of 64 blocks are computed
 BLOCK = 1024  # rows of a block at most: the wider H is, the smaller is the part computed in vain
@@ -21,7 +21,7 @@ WIDE = 2048  # below this one product is faster than several
 CHUNK = 8192  # tokens that are widened to float32 at a time, where the device has no mixed product
 
 
-class SecondMoment:
+class HessianAccumulator:
     """The sum of `x x^T` over tokens and their number.
 
     width: input channels; memory: one float32 (width, width).
@@ -42,7 +42,7 @@ class SecondMoment:
             raise RuntimeError("finish() was called: this second moment takes no more tokens")
         x = x.detach().reshape(-1, self.width)
         self.tokens += x.shape[0]
-        if x.dtype != torch.float32 and takes_halves(x):
+        if x.dtype != torch.float32 and has_half_products(x):
             self._accumulate(x)
             return
         for start in range(0, x.shape[0], CHUNK):
@@ -56,7 +56,7 @@ class SecondMoment:
             if x.dtype == torch.float32:
                 block.addmm_(left, right)
             else:
-                halves_(block, left, right)
+                half_product_(block, left, right)
 
     def finite(self) -> bool:
         """Whether no NaN and no infinity came in, and no sum overflowed.
@@ -66,7 +66,7 @@ class SecondMoment:
         """
         return bool(torch.isfinite(self._sum.diagonal()).all())
 
-    def merge(self, other: SecondMoment) -> None:
+    def merge(self, other: HessianAccumulator) -> None:
         """Adds the tokens of another, unfinished both."""
         if self._finished or other._finished:
             raise RuntimeError("finish() was called: only sums can be merged, not means")
@@ -97,7 +97,7 @@ class SecondMoment:
         return self._sum
 
 
-class CrossMoment:
+class CrossAccumulator:
     """The sum of `y x^T` over tokens: float32 (outputs, width), for two tensors of the same tokens."""
 
     def __init__(self, outputs: int, width: int, device: torch.device | str) -> None:
@@ -107,8 +107,8 @@ class CrossMoment:
     def add(self, y: Tensor, x: Tensor) -> None:
         """Counts the tokens of `y` (tokens, outputs) and `x` (tokens, width), of one dtype and device."""
         self.tokens += x.shape[0]
-        if x.dtype != torch.float32 and takes_halves(x):
-            halves_(self._sum, y.T, x)
+        if x.dtype != torch.float32 and has_half_products(x):
+            half_product_(self._sum, y.T, x)
             return
         for start in range(0, x.shape[0], CHUNK):
             self._sum.addmm_(y[start : start + CHUNK].float().T, x[start : start + CHUNK].float())

@@ -21,7 +21,7 @@ from llm_quantize.kernels.scale_search import NEIGHBOURS, can_search, search_gro
 
 
 @dataclass(frozen=True, slots=True)
-class GridSpec:
+class QuantScheme:
     """The shape of a grid: bits, columns per group (> 0), symmetry, and what scales may be stored as.
 
     `zero_min` is the smallest zero point that the file can hold for every reader (1 in the `gptq` layout,
@@ -36,20 +36,20 @@ class GridSpec:
     scale_dtypes: tuple[torch.dtype, ...] = (torch.float16,)
 
     @property
-    def levels(self) -> int:
+    def qmax(self) -> int:
         """The largest integer, `2^bits - 1`."""
         return int(2**self.bits - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class QParams:
     """`scale`, `zero`: float32 (out, groups); zeros are whole numbers."""
 
     scale: Tensor
     zero: Tensor
 
 
-def expand(grid: Grid, group_size: int) -> tuple[Tensor, Tensor]:
+def expand(grid: QParams, group_size: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of each weight: two float32 (out, in)."""
     return (
         grid.scale.repeat_interleave(group_size, dim=1),
@@ -57,29 +57,29 @@ def expand(grid: Grid, group_size: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def round_to_nearest(W: Tensor, grid: Grid, spec: GridSpec) -> Tensor:
+def round_to_nearest(W: Tensor, grid: QParams, spec: QuantScheme) -> Tensor:
     """Integers of the nearest grid points: uint8 (out, in)."""
     scale, zero = expand(grid, spec.group_size)
-    return (torch.round(W / scale) + zero).clamp_(0, spec.levels).to(torch.uint8)
+    return (torch.round(W / scale) + zero).clamp_(0, spec.qmax).to(torch.uint8)
 
 
-def dequantize(q: Tensor, grid: Grid, group_size: int) -> Tensor:
+def dequantize(q: Tensor, grid: QParams, group_size: int) -> Tensor:
     """`(q - z) * s` in float32 (out, in)."""
     return dequantized(q, grid.scale, grid.zero, group_size)
 
 
-def minmax_grid(W: Tensor, spec: GridSpec) -> Grid:
+def minmax_qparams(W: Tensor, spec: QuantScheme) -> QParams:
     """The plain grid that spans each group's smallest to largest weight (and zero)."""
     groups = W.reshape(W.shape[0], -1, spec.group_size)
     if spec.symmetric:
-        scale = 2.0 * groups.abs().amax(dim=2) / spec.levels
+        scale = 2.0 * groups.abs().amax(dim=2) / spec.qmax
         scale = representable(scale, spec.scale_dtypes)
-        return Grid(scale, torch.full_like(scale, 2.0 ** (spec.bits - 1)))
+        return QParams(scale, torch.full_like(scale, 2.0 ** (spec.bits - 1)))
     low = groups.amin(dim=2).clamp(max=0.0)
     high = groups.amax(dim=2).clamp(min=0.0)
-    scale = representable((high - low) / spec.levels, spec.scale_dtypes)
-    zero = torch.round(-low / scale).clamp(spec.zero_min, spec.levels)
-    return Grid(scale, zero)
+    scale = representable((high - low) / spec.qmax, spec.scale_dtypes)
+    zero = torch.round(-low / scale).clamp(spec.zero_min, spec.qmax)
+    return QParams(scale, zero)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def _product(U: Tensor, M: Tensor) -> Tensor:
     return U * M if M.shape[1] == 1 else torch.bmm(U, M)
 
 
-def metric_blocks(H: Tensor, group_size: int, *, widest: int = 512) -> Tensor:
+def hessian_blocks(H: Tensor, group_size: int, *, widest: int = 512) -> Tensor:
     """The diagonal blocks of `H` (in, in): (G, g, g); only their diagonals, (G, 1, g), for very wide groups.
 
     A block of `g` columns costs `g` multiplications a weight and candidate; past `widest` that is more than
@@ -113,7 +113,7 @@ def metric_blocks(H: Tensor, group_size: int, *, widest: int = 512) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchEffort:
+class ScaleSearch:
     """How finely scales are searched: points of the shrink sweep, and least-squares refinements after it."""
 
     sweep: int = 24
@@ -134,21 +134,21 @@ def _shrinks(bits: int, count: int) -> list[float]:
 class _Best:
     """The best (scale, zero) of each group and row so far: tensors (G, rows)."""
 
-    def __init__(self, W: Tensor, M: Tensor, spec: GridSpec) -> None:
+    def __init__(self, W: Tensor, M: Tensor, spec: QuantScheme) -> None:
         self.W, self.M, self.spec = W, M, spec
         shape = W.shape[:2]
         self.loss = torch.full(shape, float("inf"), device=W.device)
         self.scale = torch.ones(shape, device=W.device)
         self.zero = torch.zeros(shape, device=W.device)
 
-    def levels_at(self, scale: Tensor, zero: Tensor) -> Tensor:
+    def steps_at(self, scale: Tensor, zero: Tensor) -> Tensor:
         """Signed steps `q - z` of rounding to nearest on the given grid: (G, rows, g)."""
         z = zero.unsqueeze(2)
-        return (torch.round(self.W / scale.unsqueeze(2)) + z).clamp_(0, self.spec.levels).sub_(z)
+        return (torch.round(self.W / scale.unsqueeze(2)) + z).clamp_(0, self.spec.qmax).sub_(z)
 
     def offer(self, scale: Tensor, zero: Tensor) -> None:
         scale = representable(scale, self.spec.scale_dtypes)
-        loss = _error(self.W - self.levels_at(scale, zero) * scale.unsqueeze(2), self.M)
+        loss = _error(self.W - self.steps_at(scale, zero) * scale.unsqueeze(2), self.M)
         better = loss < self.loss
         self.loss = torch.where(better, loss, self.loss)
         self.scale = torch.where(better, scale, self.scale)
@@ -156,13 +156,13 @@ class _Best:
 
     def offer_refit(self) -> None:
         """The least-squares scale for the integers at hand: `u^T M w / u^T M u`."""
-        U = self.levels_at(self.scale, self.zero)
+        U = self.steps_at(self.scale, self.zero)
         UM = _product(U, self.M)
         scale = (UM * self.W).sum(dim=2) / (UM * U).sum(dim=2).clamp(min=1e-30)
         self.offer(torch.where(scale == 0, self.scale, scale), self.zero)
 
 
-def _search(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> _Best:
+def _search(W: Tensor, M: Tensor, spec: QuantScheme, effort: ScaleSearch) -> _Best:
     best = _Best(W, M, spec)
     factors = _shrinks(spec.bits, effort.sweep)
     if spec.symmetric:
@@ -179,13 +179,13 @@ def _search(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> _Best
             best.offer_refit()
         return best
     low, high = W.amin(dim=2).clamp(max=0.0), W.amax(dim=2).clamp(min=0.0)
-    span = (high - low) / spec.levels
+    span = (high - low) / spec.qmax
     for factor in factors:
         scale = span * factor
-        zero = torch.round(-(low + high) / (2 * scale.clamp(min=1e-30)) + spec.levels / 2)
-        best.offer(scale, zero.clamp(spec.zero_min, spec.levels))
+        zero = torch.round(-(low + high) / (2 * scale.clamp(min=1e-30)) + spec.qmax / 2)
+        best.offer(scale, zero.clamp(spec.zero_min, spec.qmax))
     for shift in (-1.0, 1.0):
-        scale, zero = best.scale, (best.zero + shift).clamp(spec.zero_min, spec.levels)
+        scale, zero = best.scale, (best.zero + shift).clamp(spec.zero_min, spec.qmax)
         for factor in NEIGHBOURS:
             best.offer(scale * factor, zero)
     for _ in range(effort.refits):
@@ -193,9 +193,9 @@ def _search(W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort) -> _Best
     return best
 
 
-def search_grid(
-    W: Tensor, M: Tensor, spec: GridSpec, effort: SearchEffort = SearchEffort(), *, budget: int = 1 << 27
-) -> Grid:
+def search_qparams(
+    W: Tensor, M: Tensor, spec: QuantScheme, effort: ScaleSearch = ScaleSearch(), *, budget: int = 1 << 27
+) -> QParams:
     """The grid with the smallest error of rounding to nearest under the metric blocks `M`.
 
     W: float32 (out, in); M: from `metric_blocks`. Rows are worked on in slices of about `budget` elements.
@@ -208,13 +208,13 @@ def search_grid(
             grouped,
             M,
             _shrinks(spec.bits, effort.sweep),
-            levels=spec.levels,
+            qmax=spec.qmax,
             symmetric=spec.symmetric,
             zero_min=spec.zero_min,
             dtypes=spec.scale_dtypes,
             refits=effort.refits,
         )
-        return Grid(scale.T.contiguous(), zero.T.contiguous())
+        return QParams(scale.T.contiguous(), zero.T.contiguous())
     rows = max(1, budget // width)
     scales, zeros = [], []
     for start in range(0, out, rows):
@@ -223,4 +223,4 @@ def search_grid(
         found = _search(part, M, spec, effort)
         scales.append(found.scale.T)
         zeros.append(found.zero.T)
-    return Grid(torch.cat(scales).contiguous(), torch.cat(zeros).contiguous())
+    return QParams(torch.cat(scales).contiguous(), torch.cat(zeros).contiguous())
