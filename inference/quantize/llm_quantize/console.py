@@ -1,7 +1,7 @@
-"""What a run shows: progress and notes on stderr, the summary on stdout. Knows nothing of quantization.
+"""Show progress and notes on stderr, and the summary on stdout. This module knows nothing of quantization.
 
-Where stderr is no terminal there are plain lines instead, at most one a block, without control characters.
-`rich` is imported where a terminal is drawn on, so that importing this module costs nothing.
+Where stderr is not a terminal, progress is plain lines, at most one per block, without control characters. `rich` is
+imported only to draw on a terminal, so that importing this module is fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `8 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Format seconds for people: `8 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 class Blocks:
-    """Progress over `total` blocks. This class itself shows nothing: it serves quiet runs."""
+    """Count finished blocks of `total`. This class shows nothing, for quiet runs; its subclasses do."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -40,30 +40,35 @@ class Blocks:
         self._start = time.monotonic()
 
     def step(self, text: str) -> None:
-        """Says what goes on inside the current block: `capture`, `solve q_proj`."""
+        """Show the current step inside the block: `capture`, `solve q_proj`."""
 
     def advance(self) -> None:
-        """The current block is finished."""
+        """Count the current block as finished."""
         self.done += 1
 
     def skip(self, blocks: int) -> None:
-        """`blocks` were finished before this run began; they say nothing about the time left."""
+        """Count `blocks` as finished before this run; they are left out of the estimate of the time left."""
         self.done += blocks
         self._skipped += blocks
 
     def elapsed(self) -> float:
-        """Seconds since the first block began."""
+        """Return the seconds since the first block began."""
         return time.monotonic() - self._start
 
     def left(self) -> str:
-        """Time left by the mean of the finished blocks; empty before the first one and after the last."""
-        here = self.done - self._skipped
-        if not here or self.done >= self.total:
+        """Estimate the time left from the mean of the finished blocks, as `3 min 05 s left`.
+
+        Returns "" before the first block and after the last one.
+        """
+        finished = self.done - self._skipped
+        if not finished or self.done >= self.total:
             return ""
-        return f"{duration(self.elapsed() / here * (self.total - self.done))} left"
+        return f"{duration(self.elapsed() / finished * (self.total - self.done))} left"
 
 
 class _Lines(Blocks):
+    """Print a line for each finished block."""
+
     def __init__(self, total: int, stream: TextIO) -> None:
         super().__init__(total)
         self._stream = stream
@@ -77,6 +82,8 @@ class _Lines(Blocks):
 
 
 class _Bar(Blocks):
+    """Draw a progress bar."""
+
     def __init__(self, total: int, progress: Progress, task: TaskID) -> None:
         super().__init__(total)
         self._progress = progress
@@ -95,9 +102,11 @@ class _Bar(Blocks):
 
 
 class Console:
-    """Two streams and whether each is a terminal. `quiet` leaves warnings and errors only.
+    """Write a run's messages to two streams, as suits a terminal or a file.
 
-    `stdout`, `stderr`: other streams than the process's; `terminal`: instead of asking the streams.
+    quiet: show only warnings, errors and results.
+    stdout, stderr: streams in place of the process's own.
+    terminal: whether the streams are terminals; None: ask them.
     """
 
     def __init__(
@@ -111,25 +120,24 @@ class Console:
         self.quiet = quiet
         self._stdout = stdout or sys.stdout
         self._stderr = stderr or sys.stderr
-        dumb = os.environ.get("TERM") in ("dumb", "unknown")
         self._terminal = terminal
-        self._ask = not dumb
+        self._can_draw = os.environ.get("TERM") not in ("dumb", "unknown")
         self._bar: RichConsole | None = None  # while a bar is drawn, lines must go through its console
 
     def _is_terminal(self, stream: TextIO) -> bool:
-        return self._terminal if self._terminal is not None else self._ask and stream.isatty()
+        return self._terminal if self._terminal is not None else self._can_draw and stream.isatty()
 
     def warn(self, line: str) -> None:
-        """A warning: one line on stderr, in quiet runs too."""
+        """Write a warning, one line, to stderr; in quiet runs, too."""
         self._say(f"warning: {one_line(line)}")
 
     def note(self, line: str) -> None:
-        """One line on stderr that a reader may care for."""
+        """Write a note, one line, to stderr, except in quiet runs."""
         if not self.quiet:
             self._say(one_line(line))
 
     def error(self, line: str, prog: str) -> None:
-        """The one line that ends a failed run, on stderr."""
+        """Write the line that ends a failed run to stderr. prog: the name of the command."""
         self._say(f"{prog}: error: {one_line(line)}")
 
     def _say(self, line: str) -> None:
@@ -140,17 +148,17 @@ class Console:
 
     @contextmanager
     def blocks(self, total: int) -> Iterator[Blocks]:
-        """Shows progress over `total` blocks with the time left, until the context ends."""
+        """Show progress over `total` blocks, with the time left, until the context ends."""
         if self.quiet:
             yield Blocks(total)
         elif not self._is_terminal(self._stderr):
             yield _Lines(total, self._stderr)
         else:
-            with self._drawn(total) as bar:
+            with self._progress_bar(total) as bar:
                 yield bar
 
     @contextmanager
-    def _drawn(self, total: int) -> Iterator[Blocks]:
+    def _progress_bar(self, total: int) -> Iterator[Blocks]:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -170,7 +178,7 @@ class Console:
             self._bar = None
 
     def summary(self, rows: list[tuple[str, str]], title: str) -> None:
-        """The table at the end, on stdout; nothing where `quiet`."""
+        """Write the final table to stdout, except in quiet runs. rows: names and values."""
         if self.quiet:
             return
         if not self._is_terminal(self._stdout):
@@ -188,5 +196,5 @@ class Console:
         RichConsole(file=self._stdout, force_terminal=True).print(table)
 
     def result(self, line: str) -> None:
-        """One line on stdout, in quiet runs too."""
+        """Write one line to stdout; in quiet runs, too."""
         print(one_line(line), file=self._stdout, flush=True)
