@@ -1,7 +1,8 @@
-"""A directory that is complete or absent: made in a staging place beside the target, then renamed into place.
+"""Replace a directory atomically: fill a hidden work directory beside the target, then rename it to the target.
 
-At every instant the target is absent, the old directory or the new one, complete. The staging place may outlive a
-run that was interrupted; a lock in it keeps a second run away. Knows nothing of what the directory holds.
+At every instant the target is absent, the complete old directory or the complete new one. The work directory may
+remain after an interrupted run, so that the next run can continue; a lock in it refuses a second run at the same
+time. This module does not know what the directory holds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ GIB = 1 << 30
 
 
 def check_target(path: Path, overwrite: bool, bytes_needed: int = 0, source: Path | None = None) -> None:
-    """Raises `InputError` if a checkpoint of about `bytes_needed` bytes could not be published at `path`."""
+    """Check that a checkpoint of about `bytes_needed` bytes can be published at `path`.
+
+    overwrite: whether an existing checkpoint there may be replaced.
+    source: the directory of the model to quantize, which must not be replaced.
+
+    Raises InputError: the target exists, holds something other than a checkpoint, overlaps with `source`, is not
+    writable, or the disk has too little space.
+    """
     path = Path(path)
     target = Path(os.path.realpath(path))
     if source is not None:
@@ -62,31 +70,34 @@ def check_target(path: Path, overwrite: bool, bytes_needed: int = 0, source: Pat
         raise InputError(f"{parent} is not a directory: choose another --output_path")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent} is not writable: choose another --output_path")
-    free = shutil.disk_usage(parent).free + _held(_work_directory_of(target))
+    free = shutil.disk_usage(parent).free + _leftover_bytes(_work_directory(target))
     if free < bytes_needed:
         raise InputError(
-            f"too little disk at {parent}: about {size(bytes_needed)} needed, {size(free)} free: "
-            f"free {size(bytes_needed - free)} or choose another --output_path"
+            f"too little disk at {parent}: about {human_size(bytes_needed)} needed, {human_size(free)} free: "
+            f"free {human_size(bytes_needed - free)} or choose another --output_path"
         )
 
 
 def check_before_work(path: Path, overwrite: bool) -> None:
-    """As `check_target`, but where an earlier run's staging place waits: only its end may be missing."""
-    if not _work_directory_of(Path(os.path.realpath(path))).exists():
+    """Check the target as `check_target` does, unless an interrupted run left a work directory.
+
+    Such a run may already have moved the old target away: `AtomicDirectory` restores it, then checks.
+    """
+    if not _work_directory(Path(os.path.realpath(path))).exists():
         check_target(path, overwrite)
 
 
-def size(count: int) -> str:
-    """A number of bytes as people read it."""
+def human_size(count: int) -> str:
+    """Format a number of bytes for people: `1.50 GiB`, `12 KiB`."""
     return f"{count / GIB:.2f} GiB" if count >= GIB // 8 else f"{-(-count // 1024)} KiB"
 
 
-def _work_directory_of(target: Path) -> Path:
+def _work_directory(target: Path) -> Path:
     return target.parent / f".{target.name}.partial"
 
 
-def _held(directory: Path) -> int:
-    """Bytes on disk of a staging place that an earlier run left."""
+def _leftover_bytes(directory: Path) -> int:
+    """Return the bytes on disk of a work directory that an earlier run left."""
     total = 0
     with suppress(OSError):
         for path in directory.rglob("*"):
@@ -98,22 +109,25 @@ def _held(directory: Path) -> int:
 # Errors and durability
 
 
-def failure(error: OSError, where: Path, count: int = 0) -> WorkError:
-    """One line for an error in writing about `count` bytes (0: few) into directory `where`."""
+def write_error(error: OSError, where: Path, count: int = 0) -> WorkError:
+    """Turn an error in writing into a one-line `WorkError` that names the directory and the remedy.
+
+    where: the directory; count: the bytes to write, 0 for few.
+    """
     text = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return WorkError(f"cannot write to {where}: {text}")
     if not count:
         return WorkError(f"disk full at {where}: free some space and run again")
     free = shutil.disk_usage(where).free
-    missing = f"{size(count - free)} more" if count > free else "space (a quota may be reached)"
+    missing = f"{human_size(count - free)} more" if count > free else "space (a quota may be reached)"
     return WorkError(
-        f"disk full at {where}: {size(count)} to write, {size(free)} free: free {missing} and run again"
+        f"disk full at {where}: {human_size(count)} to write, {human_size(free)} free: free {missing} and run again"
     )
 
 
-def sync(path: Path) -> None:
-    """fsync of a file or directory."""
+def fsync_path(path: Path) -> None:
+    """Call fsync on a file or directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -122,26 +136,30 @@ def sync(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The staging place
+# The atomic directory
 
 
 class AtomicDirectory:
-    """Context manager: a locked place beside `target` where its next content is made.
+    """Lock a work directory beside `target`; `publish` replaces the target with its content. A context manager.
 
-    `work` is the place, `content` the directory in it that `publish` renames to the target. On leaving without
-    that, the place stays if `keep` is set, as it is where an earlier run left a journal, else nothing stays.
-    Errors: `InputError` for the target, and where another run holds the lock; `WorkError` in publishing.
+    shown: the target as the user wrote it, for messages; target: the same with links resolved.
+    work: the hidden directory beside the target, which holds the lock, the journal and `content`.
+    content: the directory that `publish` renames to the target.
+    keep: whether `work` remains when the context ends without `publish`. Set on entry where an earlier run left a
+    journal.
+
+    Raises InputError on entry: a target that `check_target` refuses, or another run holds the lock.
     """
 
     def __init__(self, target: Path, *, overwrite: bool) -> None:
         self.shown = Path(target)
         self.target = Path(os.path.realpath(target))
         self.overwrite = overwrite
-        self.work = _work_directory_of(self.target)
+        self.work = _work_directory(self.target)
         self.content = self.work / "checkpoint"
         self.keep = False
         self._old = self.target.parent / f".{self.target.name}.old"
-        self._made: list[Path] = []  # parents that were not there before
+        self._created_parents: list[Path] = []
         self._lock = -1
         self._published = False
 
@@ -151,10 +169,10 @@ class AtomicDirectory:
             missing = [p for p in self.target.parents if not p.exists()]
             for parent in reversed(missing):
                 parent.mkdir()
-                self._made.append(parent)
+                self._created_parents.append(parent)
             self._take_lock()
             self._recover()
-            # Published, and killed before the rest was removed, or killed at the very start.
+            # Without both, the earlier run was killed at its very start, or after it had published.
             if not (self.content.is_dir() and (self.work / "journal").is_file()):
                 self.clear()
             self.keep = (self.work / "journal").is_file()
@@ -173,6 +191,7 @@ class AtomicDirectory:
         self._leave()
 
     def _take_lock(self) -> None:
+        """Lock the work directory. Raises InputError where another run holds the lock."""
         while True:
             self.work.mkdir(exist_ok=True)
             handle = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -181,8 +200,8 @@ class AtomicDirectory:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                        raise  # a file system without locks: nobody is kept away there
-                # Whoever held it may have removed the file, and a lock on a file that is gone keeps nobody away.
+                        raise  # else the file system has no locks: continue without one
+                # The run that held the lock may have removed the file: then lock the new file instead.
                 if os.fstat(handle).st_ino == (self.work / "lock").stat().st_ino:
                     self._lock = handle
                     return
@@ -199,7 +218,7 @@ class AtomicDirectory:
             os.close(handle)
 
     def _recover(self) -> None:
-        """What a run left that was killed between the two renames of `publish`, or just after them."""
+        """Restore the old target, or delete it, if a run was killed between or after the renames of `publish`."""
         if self._old.exists():
             if self.target.exists():
                 shutil.rmtree(self._old)
@@ -207,7 +226,7 @@ class AtomicDirectory:
                 self._old.rename(self.target)
 
     def clear(self) -> None:
-        """Removes what an earlier run left, but for the lock. Errors: `WorkError`."""
+        """Empty the work directory, except the lock, and create `content` anew. Raises WorkError."""
         self.keep = False
         try:
             for path in self.work.iterdir():
@@ -219,24 +238,30 @@ class AtomicDirectory:
                     path.unlink()
             self.content.mkdir()
         except OSError as error:
-            raise failure(error, self.target.parent) from None
+            raise write_error(error, self.target.parent) from None
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """A file of the content with one JSON object, durable on return."""
+        """Write one JSON object as file `name` of the content, durable on return. Raises WorkError."""
         self.write(name, as_json(content).encode())
 
     def write(self, name: str, data: bytes) -> None:
-        """A file of the content, durable on return."""
+        """Write file `name` of the content, durable on return.
+
+        Raises ValueError for a name with a directory part; WorkError.
+        """
         if Path(name).name != name:
             raise ValueError(f"not a plain file name: {name}")
         try:
             (self.content / name).write_bytes(data)
-            sync(self.content / name)
+            fsync_path(self.content / name)
         except OSError as error:
-            raise failure(error, self.target.parent) from None
+            raise write_error(error, self.target.parent) from None
 
     def copy(self, files: Sequence[Path]) -> tuple[str, ...]:
-        """Copies files into the content, durable on return; the names left out: links that lead away."""
+        """Copy files into the content, durable on return.
+
+        Returns the names of those left out: links that lead out of their directory. Raises WorkError.
+        """
         skipped = []
         try:
             for path in files:
@@ -244,30 +269,37 @@ class AtomicDirectory:
                     skipped.append(path.name)
                     continue
                 shutil.copyfile(path, self.content / path.name)
-                sync(self.content / path.name)
+                fsync_path(self.content / path.name)
         except OSError as error:
-            raise failure(error, self.target.parent) from None
+            raise write_error(error, self.target.parent) from None
         return tuple(skipped)
 
     def make_durable(self) -> None:
-        """Makes files that another program left in the content durable, and as readable as files are here."""
+        """Make files durable that another program wrote into the content, and set their usual permissions.
+
+        Raises WorkError.
+        """
         mask = os.umask(0)
         os.umask(mask)
         try:
             for path in self.content.rglob("*"):
                 if path.is_file():
                     path.chmod(0o666 & ~mask)
-                sync(path)
+                fsync_path(path)
         except OSError as error:
-            raise failure(error, self.target.parent) from None
+            raise write_error(error, self.target.parent) from None
 
     def publish(self) -> None:
-        """Puts `content`, which must be complete, in the target's place."""
+        """Replace the target with `content`, which must be complete.
+
+        If the rename fails, the old target is restored. Raises InputError where the target has appeared or changed
+        since entry; WorkError.
+        """
         try:
             replaces = self.target.exists()
-            sync(self.content)
+            fsync_path(self.content)
             if replaces:
-                check_target(self.shown, self.overwrite)  # it may have appeared or changed since
+                check_target(self.shown, self.overwrite)  # it may have appeared or changed since entry
                 self.target.rename(self._old)
             try:
                 self.content.rename(self.target)
@@ -276,27 +308,31 @@ class AtomicDirectory:
                     self._old.rename(self.target)
                 raise
             self._published = True
-            sync(self.target.parent)
+            fsync_path(self.target.parent)
             if replaces:
                 shutil.rmtree(self._old, ignore_errors=True)
         except OSError as error:
-            raise failure(error, self.target.parent) from None
+            raise write_error(error, self.target.parent) from None
 
     def _leave(self) -> None:
+        """Release the lock and remove the work directory, unless it is kept for the next run.
+
+        Parents that were created on entry are removed where they are empty, unless the target was published.
+        """
         if self._lock >= 0:
             if self._published or not self.keep:
                 shutil.rmtree(self.work, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
         else:
-            with suppress(OSError):  # not empty: another run's, or never made
+            with suppress(OSError):  # it belongs to another run, or does not exist
                 self.work.rmdir()
         if not self._published:
-            for parent in reversed(self._made):
-                with suppress(OSError):  # not empty: what is kept lies there
+            for parent in reversed(self._created_parents):
+                with suppress(OSError):  # not empty: it holds what is kept
                     parent.rmdir()
 
 
 def as_json(content: dict[str, Any]) -> str:
-    """A JSON file's text."""
+    """Format a JSON object as the text of a file: indented, UTF-8 characters kept, with a final newline."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,7 +1,7 @@
-"""Model directories, local or fetched from the Hugging Face hub, and the hub's failures told in one line.
+"""Find model directories, local or on the Hugging Face hub, and describe failures of the hub in one line.
 
-Knows no weights: what is inside the directory is `source.py`'s business. `huggingface_hub` is imported where
-it is used, so that importing this module costs nothing.
+This module does not look into the files of a model. `huggingface_hub` is imported only where it is used, so that
+importing this module is fast.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from llm_quantize.errors import InputError, WorkError, one_line
 
 REPO_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
-# What a checkpoint is made of, besides weights that unpickling would run as code. Patterns match whole paths,
-# so that `*.json` takes subdirectories too (additional chat templates live in one).
+# The files of a checkpoint, except pickled weights, which can run code when they are loaded. A pattern matches the
+# whole path, so `*.json` matches in subdirectories too (additional chat templates are in one).
 FILES = (
     "*.safetensors",
     "*.json",
@@ -32,7 +32,7 @@ FILES = (
     "USE_POLICY*",
 )
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
-# The same weights once more: Meta's and Mistral's own layouts, and exports for other runtimes.
+# Copies of the same weights: Meta's and Mistral's own formats, and exports for other runtimes.
 DUPLICATES = (
     "original/*",
     "consolidated*",
@@ -44,19 +44,22 @@ DUPLICATES = (
     "*/*.pth",
 )
 
+HUB_TIMEOUT = 5  # seconds without an answer until the hub counts as unreachable
 
-HUB_TIMEOUT = 5  # seconds until a hub that says nothing counts as out of reach
+
+class NoSuchRepositoryError(InputError):
+    """The hub has no repository of this name, or hides it from users who are not logged in."""
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether `text` can only mean a place on disk: `./x`, `/x`, `~/x`, `a/b/c`, `x/`."""
+    """Return whether `text` can only be a path on disk: `./x`, `/x`, `~/x`, `a/b/c`, `x/`."""
     return text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or text.count("/") > 1
 
 
 def local_model(model_path: str) -> Path | None:
-    """The directory that `model_path` is, or None where it is a hub id. No network.
+    """Return the local directory that `model_path` names, or None where it is a hub id. Uses no network.
 
-    Raises InputError: a file, a path without a directory, what is neither.
+    Raises InputError: it is a file, a path where nothing is, or neither a path nor a hub id.
     """
     try:
         path = Path(model_path).expanduser()
@@ -81,14 +84,15 @@ def resolve_model(
     allow_pickle: bool = False,
     log: Callable[[str], None],
 ) -> Path:
-    """The directory that holds `model_path`: itself where it is one, else a snapshot of the hub's repository.
+    """Return the directory of a model: `model_path` itself if it is one, else a snapshot from the hub.
 
-    `model_path` is a directory, `repo` or `repo@revision`. A snapshot that the cache already holds serves
-    without a network. Python files come only with `trust_remote_code`; pickled weights only with
-    `allow_pickle`, and then only where there are no safetensors.
+    model_path: a directory, `repo` or `repo@revision`. A snapshot in the cache needs no network.
+    trust_remote_code: fetch Python files, too.
+    allow_pickle: fetch pickled weights where there are no safetensors.
+    log: is called with each note, one line.
 
-    Raises InputError: no such directory or repository, gated, unreachable, no weights; WorkError: cache not
-    writable, disk full.
+    Raises InputError: no such directory or repository, gated, unreachable, no weights. Raises WorkError: the cache
+    is not writable, or the disk is full.
     """
     if (path := local_model(model_path)) is not None:
         return path
@@ -113,14 +117,15 @@ def resolve_model(
 
 
 def _snapshot(repo: str, revision: str | None, allow: list[str]) -> Path:
+    """Download the files that match `allow`, or take them from the cache; return their directory."""
     import huggingface_hub
     from huggingface_hub import utils
 
     quiet: Any = utils  # its names are not exported in the way that mypy wants
-    quiet.logging.set_verbosity_error()  # what matters of its warnings comes back as an exception
+    quiet.logging.set_verbosity_error()  # its important warnings come as exceptions, too
     if not sys.stderr.isatty():
         quiet.disable_progress_bars()
-    # Asked first and once: the download's own question has no time limit.
+    # Ask the hub first, once: the request of `snapshot_download` has no time limit.
     refusal: Exception | None = None
     try:
         huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
@@ -142,17 +147,23 @@ def _snapshot(repo: str, revision: str | None, allow: list[str]) -> Path:
         except huggingface_hub.errors.LocalEntryNotFoundError:
             raise refusal or RuntimeError("the download left nothing in the cache") from None
     except Exception as error:
-        reason = hub_reason(error, "model", repo, revision)
-        if "no such model" in reason:
-            reason = f"no such directory: {repo}, and {reason}"
-        raise InputError(reason) from error
+        failure = hub_error(error, "model", repo, revision)
+        if isinstance(failure, NoSuchRepositoryError):
+            raise InputError(f"no such directory: {repo}, and {failure}") from error
+        raise failure from error
 
 
-def hub_reason(error: BaseException, kind: str, repo: str, revision: str | None = None) -> str:
-    """One line: why the hub did not give the `kind` ("model", "dataset") `repo`, and what to do.
+def hub_error(
+    error: BaseException, kind: str, repo: str, revision: str | None = None
+) -> InputError | WorkError:
+    """Return an error of one line that says why the hub did not give `repo`, and what to do.
 
-    Reads the whole chain of exceptions, since `datasets` wraps those of `huggingface_hub`, which wraps those
-    of httpx. Raises WorkError where the cause is the local disk.
+    error: what a library raised. Its whole chain of causes is read, because `datasets` wraps the exceptions of
+    `huggingface_hub`, which wraps those of httpx.
+    kind: "model" or "dataset".
+
+    Returns a WorkError where the local disk is the cause, NoSuchRepositoryError where the hub has no such
+    repository, else another InputError.
     """
     from huggingface_hub import constants, errors
 
@@ -164,36 +175,41 @@ def hub_reason(error: BaseException, kind: str, repo: str, revision: str | None 
     login = "run `hf auth login` or set HF_TOKEN"
     for e in chain:
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise WorkError(
+            return WorkError(
                 f"cannot store {repo} under {constants.HF_HOME}: {e.strerror}: set HF_HOME elsewhere"
             )
-    # `datasets` keeps of a gated repository no more than this word.
+    # `datasets` tells a gated repository from a missing one only by this word in the message.
     if first(errors.GatedRepoError) or (
         type(error).__name__ == "DatasetNotFoundError" and "gated" in str(error)
     ):
         page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
-        return f"{repo} is gated: accept its conditions at {page}, then {login}"
+        return InputError(f"{repo} is gated: accept its conditions at {page}, then {login}")
     if first(errors.RevisionNotFoundError):
-        return f"{kind} {repo} has no revision '{revision}'"
+        return InputError(f"{kind} {repo} has no revision '{revision}'")
     http = first(errors.HfHubHTTPError)
     status = getattr(getattr(http, "response", None), "status_code", None)
-    # 401 is also what the hub says of unknown names to whoever is not logged in.
+    # To users who are not logged in, the hub also answers 401 for unknown names.
     if first(errors.RepositoryNotFoundError) or status == 401:
-        return f"the hub has no such {kind}: {repo} (if it is private, {login})"
+        return NoSuchRepositoryError(f"the hub has no such {kind}: {repo} (if it is private, {login})")
     if http is not None:
-        return f"the hub answered {status} for {kind} {repo}: {login if status == 403 else 'try again later'}"
+        remedy = login if status == 403 else "try again later"
+        return InputError(f"the hub answered {status} for {kind} {repo}: {remedy}")
     if first(errors.OfflineModeIsEnabled):
-        return f"{kind} {repo} is not in the cache, and HF_HUB_OFFLINE forbids fetching it"
+        return InputError(f"{kind} {repo} is not in the cache, and HF_HUB_OFFLINE forbids fetching it")
     network = [e for e in chain if isinstance(e, ConnectionError | TimeoutError) or _is_transport(e)]
     if network:
-        return f"cannot reach the hub at {constants.ENDPOINT} for {kind} {repo} ({one_line(network[0])})"
+        return InputError(
+            f"cannot reach the hub at {constants.ENDPOINT} for {kind} {repo} ({one_line(network[0])})"
+        )
     if first(errors.LocalEntryNotFoundError):
-        return f"{kind} {repo} is not in the cache, or not all of it, and the hub cannot be reached"
-    return f"cannot load {kind} {repo}: {one_line(error)}"
+        return InputError(
+            f"{kind} {repo} is not in the cache, or not all of it, and the hub cannot be reached"
+        )
+    return InputError(f"cannot load {kind} {repo}: {one_line(error)}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The exception and, outermost first, all that led to it."""
+    """Yield the exception and all exceptions that led to it, the latest first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -202,7 +218,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_transport(error: BaseException) -> bool:
-    # By name: huggingface_hub 1.x talks through httpx, 2.x through httpx2, and the two share no class.
+    # By name: huggingface_hub 1.x uses httpx, 2.x uses httpx2, and the two have no common class.
     return any(
         c.__name__ == "TransportError" and c.__module__.startswith("httpx") for c in type(error).__mro__
     )

@@ -1,6 +1,7 @@
-"""An append-only file of JSON objects, one a line, each with its checksum: what is listed has happened.
+"""Keep an append-only file of JSON objects, one per line, each with a checksum.
 
-A line that a crash tore, and everything after it, is dropped when the file is opened again.
+A step of the work is appended after it is on disk. When the file is opened again, the first damaged line, such as one
+cut by a crash, and everything after it are dropped.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 
 import xxhash
 
-from llm_quantize.io.atomic_directory import sync
+from llm_quantize.io.atomic_directory import fsync_path
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 256 << 20  # a larger file is not read
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -23,7 +24,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """The object of one line without its end, or None where the line is damaged."""
+    """Return the object of one line, given without its line end; None where the line is damaged."""
     digest, space, text = line.partition(b" ")
     if not space or xxhash.xxh3_64_hexdigest(text).encode() != digest:
         return None
@@ -35,12 +36,17 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 class Journal:
-    """`entries` are those that are intact; `append` returns when its entry is on disk. Errors: `OSError`."""
+    """Read the intact entries of a journal, and append new ones durably.
+
+    entries: the intact objects, in order; none where there is no file or it is larger than `MAX_BYTES`.
+
+    All methods raise OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        self._ends = [0]  # where each entry's line ends in the file
+        self._ends = [0]  # offset in the file after each entry's line, from 0
         self._handle = -1
         if path.is_file() and path.stat().st_size <= MAX_BYTES:
             for line in path.read_bytes().split(b"\n")[:-1]:
@@ -51,17 +57,17 @@ class Journal:
                 self._ends.append(self._ends[-1] + len(line) + 1)
 
     def keep(self, count: int) -> None:
-        """Drops all entries but the first `count`, in the file too; needed once before `append`."""
+        """Open the file for `append` and drop all entries but the first `count`, in the file too."""
         self.close()
         del self.entries[count:], self._ends[count + 1 :]
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         os.ftruncate(self._handle, self._ends[-1])
         os.lseek(self._handle, 0, os.SEEK_END)
         os.fsync(self._handle)
-        sync(self.path.parent)
+        fsync_path(self.path.parent)
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Adds one object of JSON values."""
+        """Append one object of JSON values; it is on disk on return. `keep` must have been called before."""
         line = _line(entry)
         written = 0
         while written < len(line):
@@ -71,7 +77,7 @@ class Journal:
         self._ends.append(self._ends[-1] + len(line))
 
     def close(self) -> None:
-        """Closes the file; the entries stay readable."""
+        """Close the file; `entries` stay readable."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

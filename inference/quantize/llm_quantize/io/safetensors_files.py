@@ -1,8 +1,9 @@
-"""safetensors files whose content is planned before the first tensor is there, and filled in any order.
+"""Plan safetensors files before the first tensor exists, then fill them in any order.
 
-A file has its full length and its header from the start, so that it can be opened while it is being filled, holds no
-tensor in memory, and does not depend on where the work was interrupted. Byte for byte what `safetensors.torch.
-save_file` writes of the same tensors. Layout: 8 bytes of length, a JSON header padded with spaces to 8, the tensors.
+A file has its full length and its header from the start. So it can be opened while it is being filled, no tensor has
+to wait in memory, and its bytes do not depend on where a run was interrupted. They equal what
+`safetensors.torch.save_file` writes for the same tensors. The format: the length of the header (8 bytes, little
+endian), the header (JSON, padded with spaces to a multiple of 8), the tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# In the order in which the library sorts them, widest last; it writes the widest first.
+# The format's name of each dtype, in the library's sort order. In a file, the tensors of later dtypes come first.
 DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -40,7 +41,7 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
 
-class Planned(NamedTuple):
+class PlannedTensor(NamedTuple):
     """A tensor that will be written."""
 
     name: str
@@ -49,12 +50,16 @@ class Planned(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the tensor's data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One planned file: its name, its header, and where each tensor begins in it."""
+class ShardFile:
+    """A planned file: its name, its header, the offset of each tensor and its size, in bytes.
+
+    Offsets count from the start of the file.
+    """
 
     file: str
     header: bytes
@@ -62,14 +67,16 @@ class Shard:
     size: int
 
 
-def plan(tensors: Sequence[Planned], shard_bytes: int) -> list[Shard]:
-    """Cuts tensors, in their order, into files of at most `shard_bytes` where no tensor is larger than that.
+def plan_shards(tensors: Sequence[PlannedTensor], shard_bytes: int) -> list[ShardFile]:
+    """Split tensors, in their order, into files of at most `shard_bytes` bytes of data.
 
-    Errors: `ValueError` for a name twice or a dtype that safetensors does not have.
+    A tensor larger than `shard_bytes` has a file of its own. The files are named as transformers names them.
+
+    Raises ValueError: a name occurs twice, or safetensors has no such dtype.
     """
     if len({t.name for t in tensors}) != len(tensors):
         raise ValueError("a tensor is planned twice")
-    parts: list[list[Planned]] = []
+    parts: list[list[PlannedTensor]] = []
     filled = 0
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
@@ -80,15 +87,15 @@ def plan(tensors: Sequence[Planned], shard_bytes: int) -> list[Shard]:
         parts[-1].append(tensor)
         filled += tensor.nbytes
     if len(parts) == 1:
-        return [single("model.safetensors", tensors)]
+        return [plan_single("model.safetensors", tensors)]
     return [
-        single(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part)
+        plan_single(f"model-{number:05d}-of-{len(parts):05d}.safetensors", part)
         for number, part in enumerate(parts, 1)
     ]
 
 
-def single(file: str, tensors: Iterable[Planned]) -> Shard:
-    """One file of all `tensors`."""
+def plan_single(file: str, tensors: Iterable[PlannedTensor]) -> ShardFile:
+    """Plan one file, named `file`, that holds all `tensors`."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
@@ -103,16 +110,16 @@ def single(file: str, tensors: Iterable[Planned]) -> Shard:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Shard(file, header, {n: len(header) + start for n, start in starts.items()}, len(header) + end)
+    return ShardFile(file, header, {n: len(header) + start for n, start in starts.items()}, len(header) + end)
 
 
-def raw(host: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory, without a copy."""
+def raw_bytes(host: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in host memory, without a copy."""
     return memoryview(host.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def create(shard: Shard, directory: Path) -> int:
-    """Makes the file with its header, at its full length; returns the open descriptor."""
+def create(shard: ShardFile, directory: Path) -> int:
+    """Create the file with its header and full length in `directory`; return the open descriptor."""
     handle = os.open(directory / shard.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     os.ftruncate(handle, shard.size)
     write_at(handle, memoryview(shard.header), 0)
@@ -120,7 +127,7 @@ def create(shard: Shard, directory: Path) -> int:
 
 
 def write_at(handle: int, data: memoryview, offset: int) -> None:
-    """All of `data` at `offset`: the system may write less at once."""
+    """Write all of `data` at byte `offset`, in several calls where the system writes less than asked."""
     while data:
         count = os.pwrite(handle, data[: 1 << 30], offset)
         data, offset = data[count:], offset + count

@@ -1,11 +1,12 @@
-"""What a source directory may be before anything of it is believed: its files, and the sizes its config claims.
+"""Check the files of a model directory, and the sizes that its config claims, before they are trusted.
 
-A model may come from anyone. Nothing here reads weights, runs code or imports anything heavy; every refusal is
-one line.
+A model may come from anyone. This module does not read weights, run code or import heavy packages. Every refusal is
+an `InputError` of one line.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,10 +17,11 @@ from typing import Any
 
 from llm_quantize.errors import InputError, one_line
 
-# Read whole, by us or by a tokenizer's classes; the largest that are published have some 35 MB.
+# Files that this program or a tokenizer's class reads as a whole. The largest published ones have some 35 MB.
 READ_WHOLE = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
-LARGEST_READ = 512 << 20
-LARGEST_COUNT = 10_000  # of layers, experts, blocks: several times that of any model
+LARGEST_READ = 512 << 20  # bytes of such a file
+LARGEST_JSON = 64 << 20  # bytes of a JSON file that this program reads
+LARGEST_COUNT = 10_000  # of layers, experts or blocks: several times that of any model
 _COUNTS = re.compile(r"(layers?|blocks?|depth|stages|experts)$")
 _LAYERS = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
 _LARGEST_LABELS = 100_000
@@ -27,22 +29,24 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 def stays_inside(path: Path) -> bool:
-    """Whether a file of a model's directory is a regular file of that directory, links resolved.
+    """Return whether a file of a model's directory is a regular file inside that directory, links resolved.
 
-    A hub cache's snapshot holds links into `blobs` of the same repository: those count.
+    A snapshot in the hub's cache holds links into `blobs` of the same repository; these count as inside.
     """
-    home = path.parent.resolve()
-    roots = [home]
-    if home.parent.name == "snapshots":
-        roots.append(home.parent.parent / "blobs")
+    directory = path.parent.resolve()
+    roots = [directory]
+    if directory.parent.name == "snapshots":
+        roots.append(directory.parent.parent / "blobs")
     real = path.resolve()
     return real.is_file() and any(root in real.parents for root in roots)
 
 
 def check_files(directory: Path) -> None:
-    """Refuses a directory whose files are not its own: links that lead out, pipes, devices, absurd sizes.
+    """Refuse a directory with links that lead out of it, pipes, devices or files that are far too large.
 
-    Only what is read counts: weights, tokenizer, configs, templates, code. Errors: `InputError`.
+    Only files that a run may read are checked: weights, tokenizer, configs, templates, code.
+
+    Raises InputError naming the file.
     """
     try:
         entries = sorted(directory.iterdir())
@@ -54,7 +58,7 @@ def check_files(directory: Path) -> None:
         try:
             status = path.stat()
         except OSError:
-            continue  # a link to nothing: told where the file is needed
+            continue  # a broken link: reported where the file is needed
         if stat.S_ISDIR(status.st_mode):
             continue
         if not stat.S_ISREG(status.st_mode):
@@ -70,9 +74,11 @@ def check_files(directory: Path) -> None:
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes. Errors: `InputError` where it is larger, `OSError`.
+    """Read a regular file of at most `limit` bytes.
 
-    Opened without waiting, so that a pipe nobody writes to cannot hold the run.
+    The file is opened without blocking, because opening a pipe without a writer would wait for ever.
+
+    Raises InputError: not a regular file, or larger; OSError.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(handle, "rb") as file:
@@ -84,27 +90,40 @@ def read_limited(path: Path, limit: int) -> bytes:
     return data
 
 
-def without_places(value: Any, places: tuple[str, ...]) -> Any:
-    """A JSON value in which each string that is a path at or below one of `places` is that path's last part."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `LARGEST_JSON` bytes. Raises InputError naming the file."""
+    try:
+        found = json.loads(read_limited(path, LARGEST_JSON).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, endless digits
+        raise InputError(f"cannot read {path.name}: {type(error).__name__}: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path.name} holds no JSON object")
+    return found
+
+
+def without_paths(value: Any, paths: tuple[str, ...]) -> Any:
+    """Return a JSON value in which each string that is one of `paths`, or below one, is cut to its last part."""
     if isinstance(value, dict):
-        return {key: without_places(inner, places) for key, inner in value.items()}
+        return {key: without_paths(inner, paths) for key, inner in value.items()}
     if isinstance(value, list):
-        return [without_places(inner, places) for inner in value]
-    if isinstance(value, str) and any(value == p or value.startswith(p + "/") for p in places):
+        return [without_paths(inner, paths) for inner in value]
+    if isinstance(value, str) and any(value == p or value.startswith(p + "/") for p in paths):
         return value.rstrip("/").rpartition("/")[2]
     return value
 
 
-def places_of_this_machine(directory: Path) -> tuple[str, ...]:
-    """What may not be told of this machine: where the model `directory` lies, and the user's home."""
+def paths_of_this_machine(directory: Path) -> tuple[str, ...]:
+    """Return the paths that no published file may hold: those of the model `directory` and the user's home."""
     found = {str(directory), str(directory.absolute()), str(directory.resolve()), str(Path.home())}
-    return tuple(sorted(place for place in found if place.startswith("/") and place != "/"))
+    return tuple(sorted(path for path in found if path.startswith("/") and path != "/"))
 
 
 def check_counts(config: dict[str, Any], tensors: int) -> None:
-    """Refuses a config that counts more layers, experts or labels than `tensors` stored tensors can make up.
+    """Refuse a config that counts more layers, experts or labels than a model of `tensors` tensors can have.
 
-    Configs build lists of that length before any module exists. Errors: `InputError`.
+    The classes of transformers build lists of that length before any module exists.
+
+    Raises InputError naming the entry.
     """
     for key, value in _numbers(config):
         limit = math.inf
@@ -123,15 +142,15 @@ def check_counts(config: dict[str, Any], tensors: int) -> None:
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every whole number in a config with its key, at any depth."""
-    open_: list[Any] = [config]
-    while open_:
-        value = open_.pop()
+    """Yield every whole number in a config with its key, at any depth."""
+    pending: list[Any] = [config]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
             for key, inner in value.items():
                 if isinstance(inner, int) and not isinstance(inner, bool):
                     yield str(key), inner
                 else:
-                    open_.append(inner)
+                    pending.append(inner)
         elif isinstance(value, list):
-            open_.extend(value)
+            pending.extend(value)
