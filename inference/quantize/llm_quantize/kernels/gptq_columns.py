@@ -1,4 +1,10 @@
-"""Rounding with error compensation: the loop over columns of GPTQ."""
+"""Round columns with error compensation: the inner loop of GPTQ.
+
+Frantar et al., "GPTQ" (arXiv:2210.17323), section 3: after column `j` is rounded, the later columns are updated by its
+error over `R_jj` times row `j` of `R`, the upper factor of the inverse Hessian, `H^-1 = R^T R`.
+
+This module knows tensors only.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +14,18 @@ import torch
 from torch import Tensor
 
 from llm_quantize.kernels.launcher import jit, launch, need_contiguous_rows, on_triton, tl, triton
+from llm_quantize.kernels.precision import tf32_addmm_
 from llm_quantize.kernels.tiling import COLUMNS, SUB, nearest, padded, rows_of_tile, take_part, take_row
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What a rounding works on, all tensors a column a row; `work`, `q` and `errors` are written in place.
+    """Hold the tensors of a rounding, in which each column of the weights is a row.
 
-    work: float32 (c, out), the weights, which become the rounded values. scale, zero: (groups, out). group: int64 (c),
-    each column's group. R: (c, c) upper; what lies below is not read. q: uint8 (c, out). errors: float32 (c, out), the
-    errors over `R_jj`, for the update of all later columns.
+    work: float32 (c, out), the weights; replaced by the rounded values. scale, zero: float32 (groups, out). group:
+    int64 (c), the group of each column. R: float32 (c, c), of which only the upper triangle is read. q: uint8 (c, out),
+    written: the integers, from 0 to `qmax`. errors: float32 (c, out), written: the errors over `R_jj`, from which the
+    caller updates columns outside this rounding.
     """
 
     work: Tensor
@@ -31,8 +39,10 @@ class Rounding:
 
 
 def compensate_columns(state: Rounding, part: slice) -> None:
-    """Rounds the columns `part` one after another, each error spread over those after it: at most `COLUMNS`, or several
-    times as many where `takes_several`, which then tell each other with TF32's digits.
+    """Round the columns `part` one after another and spread the error of each over the later ones of `part`.
+
+    part: at most `COLUMNS` columns; or, where `tiling.spans_several_blocks`, at most `TOGETHER`, in pieces that update
+    each other by products in TF32. Written: `work`, `q` and `errors` of these columns.
     """
     run = _compensate_triton if on_triton(state.work) else _compensate_torch
     run(state, part)
@@ -52,7 +62,7 @@ def _compensate_torch(state: Rounding, part: slice) -> None:
     for start in range(0, columns, SUB):
         stop = min(start + SUB, columns)
         step = slice(start, stop)
-        # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the loop.
+        # With weights in units of their scale, and rows of R over their diagonal, the loop needs no division.
         s, z = s_all[step], z_all[step]
         low, high = -z, state.qmax - z
         block = R[step, step] / diagonal[step, None]
@@ -66,13 +76,13 @@ def _compensate_torch(state: Rounding, part: slice) -> None:
         work[step] = u * s
         errors[step] = (y - u) * s / diagonal[step, None]
         if stop < columns:
-            work[stop:].addmm_(R[start:stop, stop:].T, errors[start:stop], alpha=-1.0)
+            tf32_addmm_(work[stop:], R[start:stop, stop:].T, errors[start:stop], alpha=-1.0)
 
 
 @jit
 def _compensate_kernel(  # type: ignore[no-untyped-def]
     work, errors, q, scale, zero, group, R, begin, end, out, work_stride, errors_stride, q_stride, scale_stride,
-    zero_stride, R_stride, qmax, SPAN: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    zero_stride, R_stride, qmax, SEVERAL: tl.constexpr, C: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -83,66 +93,68 @@ def _compensate_kernel(  # type: ignore[no-untyped-def]
         at = tl.cast(first, tl.int64)
         columns = end - first
         W, E, Q, G = work + at * work_stride, errors + at * errors_stride, q + at * q_stride, group + at
-        there = k < columns
+        in_piece = k < columns
         tile = tl.load(
-            W + k[:, None] * work_stride + row[None, :], mask=there[:, None] & inside[None, :], other=0.0
+            W + k[:, None] * work_stride + row[None, :], mask=in_piece[:, None] & inside[None, :], other=0.0
         )
-        if SPAN:
-            heard = tl.zeros((C, B), tl.float32)
+        if SEVERAL:
+            # The update by the earlier pieces of this kernel.
+            accumulated = tl.zeros((C, B), tl.float32)
             for earlier in range(begin, first, K):
                 e = earlier + tl.arange(0, K)
-                told = tl.load(R + e[None, :] * R_stride + (at + k)[:, None], mask=there[:, None], other=0.0)
-                left = tl.load(
+                R_earlier = tl.load(
+                    R + e[None, :] * R_stride + (at + k)[:, None], mask=in_piece[:, None], other=0.0
+                )
+                E_earlier = tl.load(
                     errors + e[:, None] * errors_stride + row[None, :], mask=inside[None, :], other=0.0
                 )
-                heard = tl.dot(told, left, heard, input_precision="tf32")
-            tile -= heard
+                accumulated = tl.dot(R_earlier, E_earlier, accumulated, input_precision="tf32")
+            tile -= accumulated
         D = R + at * (R_stride + 1)
         for start in range(0, C, S):
             part = start + i
-            present = part < columns
-            mask = present[:, None] & inside[None, :]
-            # All that the loop needs is in registers before it starts; R is read turned round, (later, earlier).
-            index = tl.load(G + part, mask=present, other=0).to(tl.int64)
+            in_step = part < columns
+            mask = in_step[:, None] & inside[None, :]
+            # All that the loop needs is in registers before it starts. R is read transposed: (later, earlier).
+            index = tl.load(G + part, mask=in_step, other=0).to(tl.int64)
             s = tl.load(scale + index[:, None] * scale_stride + row[None, :], mask=mask, other=1.0)
             z = tl.load(zero + index[:, None] * zero_stride + row[None, :], mask=mask, other=0.0)
-            diagonal = tl.load(D + part * (R_stride + 1), mask=present, other=1.0)
-            later = (part[:, None] > part[None, :]) & present[:, None]
+            diagonal = tl.load(D + part * (R_stride + 1), mask=in_step, other=1.0)
+            later = (part[:, None] > part[None, :]) & in_step[:, None]
             block = tl.load(D + part[None, :] * R_stride + part[:, None], mask=later, other=0.0)
-            after = (k[:, None] >= start + S) & there[:, None]
+            after = (k[:, None] >= start + S) & in_piece[:, None]
             panel = tl.load(D + part[None, :] * R_stride + k[:, None], mask=after, other=0.0)
-            # With weights in steps of their grids, and each row of R over its diagonal, no division is left in the
-            # loop.
+            # With weights in units of their scale, and rows of R over their diagonal, the loop needs no division.
             block = tl.div_rn(block, tl.zeros_like(block) + diagonal[None, :])
             inverse = tl.div_rn(tl.full((S, B), 1.0, tl.float32), s)
             y = tl.div_rn(take_part(tile, start // S, C, S, B), s)
             low, high = -z, qmax - z
             for j in range(S):
                 own = i == j
-                # All of the step is rounded, as one row would be at a greater cost; its own row is what counts.
+                # All columns of the step are rounded, which costs less than to pick one first; only column j counts.
                 error = take_row((y - nearest(y, low, high)) * s, own)
                 y -= tl.sum(tl.where(own[None, :], block, 0.0), axis=1)[:, None] * error[None, :] * inverse
-            # A row is left alone after its own turn, so that here each is what it was then.
+            # A column does not change after its own turn: `y` still holds what each was when it was rounded.
             u = nearest(y, low, high)
             over = tl.div_rn((y - u) * s, tl.zeros_like(y) + diagonal[:, None])
             tl.store(Q + part[:, None] * q_stride + row[None, :], (u + z).to(tl.uint8), mask=mask)
             tl.store(W + part[:, None] * work_stride + row[None, :], u * s, mask=mask)
             tl.store(E + part[:, None] * errors_stride + row[None, :], over, mask=mask)
             tile = tl.dot(-panel, over, tile, input_precision="tf32x3")
-        if SPAN:
-            tl.debug_barrier()  # what one thread wrote of the errors the others read
+        if SEVERAL:
+            tl.debug_barrier()  # the next piece reads errors that other threads have written
 
 
 def _compensate_triton(state: Rounding, part: slice) -> None:
-    """Nothing is cut out for the kernel: that takes as long as it does itself."""
+    """Launch the kernel on whole tensors and offsets: to slice them would take as long as the kernel itself."""
     work, scale, zero, R, q, errors = state.work, state.scale, state.zero, state.R, state.q, state.errors
     out, count = work.shape[1], part.stop - part.start
-    whole = count > COLUMNS
-    B = rows_of_tile(small=whole)
+    several = count > COLUMNS
+    B = rows_of_tile(small=several)
     need_contiguous_rows(work, scale, zero, R, q, errors)
     launch(
         _compensate_kernel, (triton.cdiv(out, B),),
         work, errors, q, scale, zero, state.group.contiguous(), R, part.start, part.stop, out, work.stride(0),
         errors.stride(0), q.stride(0), scale.stride(0), zero.stride(0), R.stride(0), float(state.qmax), warps=1,
-        SPAN=whole, C=COLUMNS if whole else padded(count), S=SUB, B=B, K=32,
+        SEVERAL=several, C=COLUMNS if several else padded(count), S=SUB, B=B, K=32,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Triton kernels: whether they run here, how they are compiled and launched.
+"""Triton kernels: find out whether they run here, compile and launch them.
 
-Every kernel of this project stands beside a PyTorch twin that tests it and runs where Triton cannot. A kernel keeps a
-tile in registers while its loop runs, so that each weight is read and written once. Divisions are rounded correctly and
-ties go to even, as in PyTorch: both ways give the same integers but where a sum, taken in another order, falls on the
-other side of a tie.
+Every kernel of this project stands beside its PyTorch *twin*, which tests the kernel and runs where Triton cannot. A
+kernel keeps a tile in registers while its loop runs, so it reads and writes each weight once. Kernels round divisions
+correctly and round ties to even, as PyTorch does. Kernel and twin therefore return the same integers, except where they
+add numbers in another order and a sum falls on the other side of a tie.
 
-Knows tensors only.
+This module knows tensors only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no build for this platform
+except ImportError:  # Triton has no build for this platform
     triton = tl = None
 
 __all__ = [
@@ -40,66 +40,49 @@ __all__ = [
 
 
 def on_triton(tensor: Tensor) -> bool:
-    """Whether the kernels run for this tensor (else their twins do)."""
+    """Return whether the kernels run for `tensor`; if not, their twins do."""
     return triton is not None and tensor.is_cuda
 
 
 def jit_for_any(*names: str) -> Callable[[Any], Any]:
-    """A `jit` that does not compile anew for these numbers being a multiple of 16, or one, or not."""
+    """Return a `jit` that compiles once for all values of the integer arguments `names`.
+
+    By default Triton compiles a kernel again where an integer is one, or a multiple of 16.
+    """
     return lambda function: function if triton is None else triton.jit(do_not_specialize=names)(function)
 
 
 jit = jit_for_any()
-_COMPILED: dict[Any, Any] = {}
-# Where a list is, kernels that would be launched are compiled alone, and added to it.
-_COMPILED_ONLY: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
+# While this is a list, `launch` compiles kernels and appends them to it, and starts none.
+_COMPILE_ONLY: ContextVar[list[Any] | None] = ContextVar("compile_only", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, **constants: Any) -> None:
-    """`kernel[grid](*args, num_warps=warps, **constants)`, `constants` in the order of the signature.
+    """Launch `kernel[grid](*args, num_warps=warps, **constants)`.
 
-    Triton asks anew at each launch what its arguments are like, which takes longer than many of these kernels do. What
-    it would find is known from what stands in the key; it compiles for nothing else. Of a number that is whole, it asks
-    whether it is one, a multiple of 16, and how wide.
+    kernel: a function under `jit`. grid: up to three numbers of programs. args: tensors, integers and floats.
+    constants: the `constexpr` arguments.
     """
-    compiled_only = _COMPILED_ONLY.get()
-    if compiled_only is not None:
-        compiled_only.append(kernel.warmup(*args, grid=grid, num_warps=warps, **constants))
+    compile_only = _COMPILE_ONLY.get()
+    if compile_only is not None:
+        compile_only.append(kernel.warmup(*args, grid=grid, num_warps=warps, **constants))
         return
-    # Since 3.3 a compiled kernel is launched with all arguments, constants too. The interpreter's has no names of them.
-    if not triton_since(3, 3) or not hasattr(kernel, "arg_names"):
-        kernel[grid](*args, num_warps=warps, **constants)
-        return
-    kinds = [
-        (a.dtype, a.data_ptr() % 16 == 0)
-        if isinstance(a, Tensor)
-        else (a == 1, a % 16 == 0, a >= 1 << 31)
-        if isinstance(a, int)
-        else None
-        for a in args
-    ]
-    key = (kernel, args[0].device, warps, *kinds, *constants.values())
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*args, num_warps=warps, **constants)
-        if kernel.arg_names[len(args) :] == list(constants):
-            _COMPILED[key] = compiled
-        return
-    compiled[(*grid, 1, 1)[:3]](*args, *constants.values())
+    kernel[grid](*args, num_warps=warps, **constants)
 
 
 def compile_together(work: Callable[[], object], device: torch.device) -> None:
-    """Compiles the kernels that `work` would start, and loads them on `device`, a GPU; all at once on all cores, and
-    starts none of them.
+    """Compile all kernels that `work` launches, on all cores at once, and load them on `device`; start none of them.
 
-    `work` goes on with whatever is in memory where their results would be; its errors, and the compiler's, are passed
-    over: what fails fails again when it is wanted. Nothing is done, `work` neither, where kernels are interpreted or
-    Triton is older than 3.5, which does not say that it may be used from several threads.
+    work: calls `launch`. It continues with whatever the memory of its results holds. device: a GPU.
+
+    Errors of `work` and of the compiler are ignored: what fails here fails again when its result is needed. The
+    function returns at once, without a call of `work`, where kernels are interpreted or where Triton is older than 3.5,
+    the first version documented to compile from several threads.
     """
     if triton is None or not triton_since(3, 5) or triton.knobs.runtime.interpret:
         return
     kernels: list[Any] = []
-    token = _COMPILED_ONLY.set(kernels)
+    token = _COMPILE_ONLY.set(kernels)
     try:
         with (
             suppress(Exception),
@@ -107,26 +90,29 @@ def compile_together(work: Callable[[], object], device: torch.device) -> None:
         ):
             with suppress(Exception), triton.AsyncCompileMode(pool):
                 work()
-            # To load one, a launcher is compiled too, in C: it is there when the kernel is asked how it is run.
+            # Loading a kernel also compiles its launcher, in C, which takes long enough to share among threads.
             list(pool.map(_load, {id(kernel): kernel for kernel in kernels}.values()))
     finally:
-        _COMPILED_ONLY.reset(token)
+        _COMPILE_ONLY.reset(token)
 
 
 def _load(kernel: Any) -> None:
-    """kernel: compiled, or what was given for it before it was."""
+    """Load a kernel on the current device.
+
+    kernel: compiled, or a future of a compiled kernel.
+    """
     kernel = kernel.result() if hasattr(kernel, "result") else kernel
-    _ = kernel.run
+    _ = kernel.run  # the property loads the kernel
 
 
 @lru_cache(maxsize=8)
 def triton_since(*version: int) -> bool:
-    """Whether this Triton is that version or newer."""
+    """Return whether this Triton is of `version` (major, minor) or newer."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= version
 
 
 def need_contiguous_rows(*tensors: Tensor) -> None:
-    """Raises ValueError where one of them, two-dimensional, has gaps in its rows: a kernel is told of one stride."""
+    """Raise ValueError if the rows of a tensor (m, n) are not contiguous: kernels take one stride per tensor."""
     for tensor in tensors:
         if tensor.stride(1) != 1:
             raise ValueError(f"the kernel needs contiguous rows, not strides {tensor.stride()}")
