@@ -1,8 +1,8 @@
-"""Second moments of a linear's inputs: `H = mean x x^T`, from tokens that arrive in pieces.
+"""The Hessian of a linear's inputs: `H = mean x x^T` (GPTQ's, without its factor 2), from tokens that arrive in pieces.
 
-Products of two float16 or bfloat16 numbers are exact in float32, so such inputs go through the tensor cores
-with float32 sums and lose nothing but the rounding of those sums. `H` is symmetric: only the blocks on and
-below its diagonal are computed, each summed in place.
+Products of two float16 or bfloat16 numbers are exact in float32. Such inputs go through the tensor cores with float32
+sums, and lose nothing but the rounding of those sums. `H` is symmetric: only the blocks on and below its diagonal are
+computed, each summed in place.
 
 Knows tensors only.
 """
@@ -10,7 +10,6 @@ Knows tensors only.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llm_quantize.kernels.cholesky import half_product_, has_half_products
@@ -22,9 +21,9 @@ CHUNK = 8192  # tokens that are widened to float32 at a time, where the device h
 
 
 class HessianAccumulator:
-    """The sum of `x x^T` over tokens and their number.
+    """The sum of `x x^T` over tokens, and their number.
 
-    width: input channels; memory: one float32 (width, width).
+    width: input channels. Takes one float32 (width, width).
     """
 
     def __init__(self, width: int, device: torch.device | str) -> None:
@@ -37,9 +36,9 @@ class HessianAccumulator:
         self._edges = [(a, min(a + step, width)) for a in range(0, width, step)]
 
     def add(self, x: Tensor) -> None:
-        """Counts the tokens of `x` (..., width), float16, bfloat16 or float32, on the same device."""
+        """Add the tokens of `x` (..., width), float16, bfloat16 or float32, on the same device."""
         if self._finished:
-            raise RuntimeError("finish() was called: this second moment takes no more tokens")
+            raise RuntimeError("finish() was called: this accumulator takes no more tokens")
         x = x.detach().reshape(-1, self.width)
         self.tokens += x.shape[0]
         if x.dtype != torch.float32 and has_half_products(x):
@@ -59,28 +58,11 @@ class HessianAccumulator:
                 half_product_(block, left, right)
 
     def finite(self) -> bool:
-        """Whether no NaN and no infinity came in, and no sum overflowed.
+        """Whether no NaN and no infinity came in, and no sum overflowed. Waits for the device.
 
-        The diagonal tells: it holds every channel's squares, and `|H_ij|` is at most the larger of `H_ii`,
-        `H_jj`.
+        The diagonal tells: it holds every channel's squares, and `|H_ij|` is at most the larger of `H_ii`, `H_jj`.
         """
         return bool(torch.isfinite(self._sum.diagonal()).all())
-
-    def merge(self, other: HessianAccumulator) -> None:
-        """Adds the tokens of another, unfinished both."""
-        if self._finished or other._finished:
-            raise RuntimeError("finish() was called: only sums can be merged, not means")
-        self._sum += other._sum.to(self._sum.device)
-        self.tokens += other.tokens
-
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Makes this the sum over the ranks of `group` (all by default), on each of them."""
-        if self._finished:
-            raise RuntimeError("finish() was called: only sums can be reduced, not means")
-        dist.all_reduce(self._sum, group=group)
-        count = torch.tensor(self.tokens, dtype=torch.int64, device=self._sum.device)
-        dist.all_reduce(count, group=group)
-        self.tokens = int(count)
 
     def finish(self) -> Tensor:
         """The mean `H`: float32 (width, width), exactly symmetric; zeros where no token came.
@@ -105,7 +87,7 @@ class CrossAccumulator:
         self._sum = torch.zeros(outputs, width, dtype=torch.float32, device=device)
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Counts the tokens of `y` (tokens, outputs) and `x` (tokens, width), of one dtype and device."""
+        """Add the tokens of `y` (tokens, outputs) and `x` (tokens, width), of one dtype and device."""
         self.tokens += x.shape[0]
         if x.dtype != torch.float32 and has_half_products(x):
             half_product_(self._sum, y.T, x)
