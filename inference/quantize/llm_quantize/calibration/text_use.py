@@ -1,0 +1,25 @@
+"""Name what text is read for, so that messages use the words and the flags of the command that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TextUse:
+    """What text is read for, as messages name it.
+
+    noun: the first words of a warning, such as `calibration: ...`.
+    too_little: the first words of the error where the text is shorter than one window.
+    flags: the first characters of the command's flags for the text, such as `--calib_` of `--calib_column`.
+    """
+
+    noun: str
+    too_little: str
+    flags: str
+
+
+CALIBRATION = TextUse("calibration", "too little text to calibrate on", "--calib_")
+# A quantizing command reads held-out text by the flags of its calibration; evaluate.py has flags of its own.
+HELD_OUT = TextUse("held-out text", "too little held-out text", "--calib_")
+EVALUATION = TextUse("held-out text", "too little held-out text", "--")
