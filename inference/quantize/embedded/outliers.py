@@ -22,41 +22,42 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm_quantize.model.awq_mappings import AWQMapping, find_mappings, smooth_block, sources
-from llm_quantize.model.source import Source
+from llm_quantize.model.awq_mappings import AWQMapping, find_mappings, scale_count, smooth_block
+from llm_quantize.model.side_files import SideFiles
+from llm_quantize.model.source import SourceModel
 
 
-def grow(block: nn.Module, fold: AWQMapping, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:
-    """Multiplies rows `chosen` of the fold's source by `factor` and divides the weights that read them by it."""
-    scale = torch.ones(sources(block, fold))
+def grow(block: nn.Module, mapping: AWQMapping, chosen: Tensor, factor: float, dtype: torch.dtype) -> None:
+    """Multiply rows `chosen` of the smooth layer by `factor`, and divide the weights that read them by it."""
+    scale = torch.ones(scale_count(block, mapping))
     scale[chosen] = 1 / factor
-    smooth_block(block, fold, scale, dtype)
+    smooth_block(block, mapping, scale, dtype)
 
 
 def write_with_outliers(
     model: Path, out: Path, *, channels: int = 4, factor: float = 128.0, seed: int = 0
 ) -> None:
-    """Writes `model`, a small one, to the new directory `out` with `channels` outliers in each place."""
-    source = Source.open(model)
+    """Write `model`, a small one, to the new directory `out` with `channels` outliers in each place."""
+    source = SourceModel.open(model)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: source.read(name) for name in source.files}
+    tensors = {name: source.store.read(name) for name in source.store.files}
     for index, name in enumerate(source.blocks):
-        block = source.modules[index]
-        source.load(block, name, torch.device("cpu"), torch.float32)
-        for fold in find_mappings(block, source.config):
-            rows = torch.unique(fold.rows)
+        block = source.load_block(index, torch.device("cpu"), torch.float32)
+        for mapping in find_mappings(block, source.config):
+            rows = torch.unique(mapping.rows)
             chosen = rows[torch.randperm(len(rows), generator=generator)[:channels]]
-            grow(block, fold, chosen, factor, source.dtype)
+            grow(block, mapping, chosen, factor, source.dtype)
         for path, parameter in block.named_parameters():
-            stored = source.stored_name(f"{name}.{path}")
+            stored = source.names.of(f"{name}.{path}")
             tensors[stored] = parameter.detach().to(tensors[stored].dtype).clone()
         source.release(block)
     out.mkdir(parents=True)
     save_file(
         {k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"}
     )
-    for file in [*source.side_files(), model / "config.json"]:
-        shutil.copyfile(file, out / file.name)
+    with SideFiles(model) as side_files:
+        for file in [*side_files.list(), model / "config.json"]:
+            shutil.copyfile(file, out / file.name)
 
 
 def main() -> int:

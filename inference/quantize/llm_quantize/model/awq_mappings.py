@@ -1,8 +1,9 @@
-"""Where AWQ's channel scales can be hidden: pairs of operations between which a scale cancels.
+"""AWQ's mappings: pairs of layers between which a channel scale cancels.
 
-One table per pattern of module names covers every architecture that names its parts that way. Scaling the input
-channels of some linears by `s` is undone, exactly, by dividing what produces those channels by `s`: a norm's weight,
-or the rows of an earlier linear where nothing but a product lies between.
+Scaling the input channels of some linears, the *balance layers*, by `s` is undone exactly by dividing what produces
+those channels, the *smooth layer*, by `s`: a norm's weight, or the rows of an earlier linear where nothing but a
+product lies between. One table of module names covers every architecture that names its parts that way; each mapping is
+tested on numbers before it is used.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from llm_quantize.errors import InputError
+from llm_quantize.model.block_forward import linear_at
 
 
 @dataclass(frozen=True, slots=True)
 class AWQMapping:
-    """`targets` share an input whose channel `c` comes from row `rows[c]` of `source` (a norm or a linear).
+    """The balance layers share an input, whose channel `c` comes from channel `rows[c]` of the smooth layer.
 
-    `rows`: int64 (in); several channels may come from one row (a value head that several query heads share).
+    smooth_layer: path of a norm or a linear. balance_layers: paths of linears. rows: int64 (in); several channels may
+    come from one row (a value head that several query heads share).
     """
 
-    source: str
-    targets: tuple[str, ...]
+    smooth_layer: str
+    balance_layers: tuple[str, ...]
     rows: Tensor
 
 
-# (what divides, what it feeds); the first row of each kind whose names all exist in the block is taken.
+# Smooth layer and balance layers; the first row whose names all exist in the block is taken for each linear.
 _NORMS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("input_layernorm", ("self_attn.qkv_proj",)),
@@ -42,99 +45,88 @@ _NORMS = (
     ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
     ("final_layer_norm", ("fc1",)),
 )
+# Smooth layer, balance layer, and how the smooth layer's rows are arranged.
 _ATTENTION = (
     ("self_attn.v_proj", "self_attn.o_proj", "separate"),
     ("self_attn.v_proj", "self_attn.out_proj", "separate"),
-    ("self_attn.qkv_proj", "self_attn.o_proj", "stacked"),  # rows: all q, all k, all v (Phi-3)
-    ("attention.query_key_value", "attention.dense", "interleaved"),  # rows: q, k, v of each head (GPT-NeoX)
+    ("self_attn.qkv_proj", "self_attn.o_proj", "stacked"),  # all q, all k, all v (Phi-3)
+    ("attention.query_key_value", "attention.dense", "interleaved"),  # q, k, v of each head (GPT-NeoX)
 )
 _GATED = (
     ("mlp.up_proj", "mlp.down_proj", "separate"),
-    ("mlp.gate_up_proj", "mlp.down_proj", "stacked"),  # rows: all gate, all up (Phi-3)
+    ("mlp.gate_up_proj", "mlp.down_proj", "stacked"),  # all gate, all up (Phi-3)
 )
 
 
 def find_mappings(block: nn.Module, config: Any) -> list[AWQMapping]:
-    """The folds of a block, in the order in which the block computes. Errors: `InputError` where none is known."""
+    """The mappings of a block, in the order in which the block computes. Raises InputError where none is known."""
     modules = dict(block.named_modules())
     mappings: list[AWQMapping] = []
     taken: set[str] = set()
-
-    def width(path: str) -> int:
-        found = modules[path]
-        assert isinstance(found, nn.Linear)
-        return found.in_features
-
-    for norm, targets in _NORMS:
-        if norm in modules and all(t in modules for t in targets) and not taken & set(targets):
-            weight = getattr(modules[norm], "weight", None)
-            if isinstance(weight, Tensor) and weight.numel() == width(targets[0]):
-                mappings.append(AWQMapping(norm, targets, torch.arange(width(targets[0]))))
-                taken |= set(targets)
-    for source, target, layout in (*_ATTENTION, *_GATED):
-        if source in modules and target in modules and target not in taken:
-            rows = (
-                _attention_rows(modules, source, target, layout, config)
-                if "attn" in source or "attention" in source
-                else (_gated_rows(modules, source, target, layout))
-            )
+    for norm, balance_layers in _NORMS:
+        present = norm in modules and all(path in modules for path in balance_layers)
+        if not present or taken & set(balance_layers):
+            continue
+        width = linear_at(block, balance_layers[0]).in_features
+        weight = getattr(modules[norm], "weight", None)
+        if isinstance(weight, Tensor) and weight.numel() == width:
+            mappings.append(AWQMapping(norm, balance_layers, torch.arange(width)))
+            taken |= set(balance_layers)
+    for table, rows_of in ((_ATTENTION, _value_rows), (_GATED, _up_rows)):
+        for smooth, balance, arrangement in table:
+            if smooth not in modules or balance not in modules or balance in taken:
+                continue
+            rows = rows_of(linear_at(block, smooth), linear_at(block, balance), arrangement, config)
             if rows is not None:
-                mappings.append(AWQMapping(source, (target,), rows))
-                taken.add(target)
+                mappings.append(AWQMapping(smooth, (balance,), rows))
+                taken.add(balance)
     if not mappings:
-        raise unknown(block)
+        raise no_mapping(block)
     order = {path: position for position, path in enumerate(modules)}
-    return sorted(mappings, key=lambda mapping: order[mapping.targets[0]])
+    return sorted(mappings, key=lambda mapping: order[mapping.balance_layers[0]])
 
 
-def unknown(block: nn.Module) -> InputError:
-    """The refusal of an architecture without folds."""
+def no_mapping(block: nn.Module) -> InputError:
+    """The refusal of an architecture without mappings."""
     return InputError(
         f"AWQ does not know where to put channel scales in {type(block).__name__}: "
         "quantize it with gptq_quantize.py"
     )
 
 
-def _attention_rows(
-    modules: dict[str, nn.Module], source: str, target: str, layout: str, config: Any
-) -> Tensor | None:
-    producer, consumer = modules[source], modules[target]
-    assert isinstance(producer, nn.Linear)
-    assert isinstance(consumer, nn.Linear)
+def _value_rows(smooth: nn.Linear, balance: nn.Linear, arrangement: str, config: Any) -> Tensor | None:
+    """The value row of each channel that enters the attention's output projection; None where the widths do not fit."""
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    if consumer.in_features % heads or heads % kv_heads:
+    if balance.in_features % heads or heads % kv_heads:
         return None
-    size = consumer.in_features // heads
-    channel = torch.arange(consumer.in_features)
+    size = balance.in_features // heads
+    channel = torch.arange(balance.in_features)
     head, within = channel // size, channel % size
-    if layout == "interleaved":
-        return (
-            head * 3 * size + 2 * size + within if producer.out_features == 3 * consumer.in_features else None
-        )
+    if arrangement == "interleaved":
+        rows = head * 3 * size + 2 * size + within
+        return rows if smooth.out_features == 3 * balance.in_features else None
     value_row = (head // (heads // kv_heads)) * size + within
-    if layout == "separate":
-        return value_row if producer.out_features == kv_heads * size else None
+    if arrangement == "separate":
+        return value_row if smooth.out_features == kv_heads * size else None
     start = heads * size + kv_heads * size
-    return start + value_row if producer.out_features == start + kv_heads * size else None
+    return start + value_row if smooth.out_features == start + kv_heads * size else None
 
 
-def _gated_rows(modules: dict[str, nn.Module], source: str, target: str, layout: str) -> Tensor | None:
-    producer, consumer = modules[source], modules[target]
-    assert isinstance(producer, nn.Linear)
-    assert isinstance(consumer, nn.Linear)
-    start = consumer.in_features if layout == "stacked" else 0
-    if producer.out_features != start + consumer.in_features:
+def _up_rows(smooth: nn.Linear, balance: nn.Linear, arrangement: str, config: Any) -> Tensor | None:
+    """The row of the up projection of each channel that enters the down projection."""
+    start = balance.in_features if arrangement == "stacked" else 0
+    if smooth.out_features != start + balance.in_features:
         return None
-    return start + torch.arange(consumer.in_features)
+    return start + torch.arange(balance.in_features)
 
 
 _OFFSETS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
-def _offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before it multiplies: one in Gemma's up to the third, in most others nothing.
+def _weight_offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies: one in Gemma's up to the third, nothing in most others.
 
     Found once for each norm, since it waits for the device.
     """
@@ -151,9 +143,12 @@ def _offset(norm: nn.Module) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class AppliedMapping:
-    """What a fold did: `channels` float32 (in) multiplies the targets' input channels; `rows` float32 (out of the
-    source) divides the source's rows where it is a linear; `changed` are the block's parameters that now differ.
+class Smoothed:
+    """What smoothing a layer did.
+
+    channels: float32 (in), by which the balance layers' input channels are to be multiplied.
+    rows: float32 (out), by which a linear smooth layer's rows are to be divided; None for a norm.
+    changed: parameters of the block that now differ, by name.
     """
 
     channels: Tensor
@@ -162,25 +157,25 @@ class AppliedMapping:
 
 
 @torch.no_grad()
-def apply_mapping(block: nn.Module, mapping: AWQMapping, scale: Tensor, dtype: torch.dtype) -> AppliedMapping:
-    """Divides what produces the fold's input by `scale` (one per source row, float32), as stored in `dtype`.
+def smooth(block: nn.Module, mapping: AWQMapping, scale: Tensor, dtype: torch.dtype) -> Smoothed:
+    """Divide the smooth layer by `scale`, as the result is stored in `dtype`. Asynchronous if `mapping.rows` are there.
 
-    A norm is changed at once, and the targets' scale undoes exactly what was stored: the norm's weight loses digits
-    in `dtype`. A linear's weight is left to the caller, who quantizes it anyway; its bias is changed here. A scale of
-    exactly one changes nothing. The device is not waited for, if `fold.rows` are there.
+    scale: float32 (channels of the smooth layer). A norm is changed at once, and the balance layers' factor undoes
+    exactly what was stored, since the norm's weight loses digits in `dtype`. A linear's weight is left to the caller,
+    who quantizes it anyway; its bias is changed here. A scale of exactly one changes nothing.
     """
-    source = block.get_submodule(mapping.source)
+    layer = block.get_submodule(mapping.smooth_layer)
     rows = mapping.rows.to(scale.device)
-    bias = getattr(source, "bias", None)
-    bias_name = (f"{mapping.source}.bias",) if isinstance(bias, Tensor) else ()
-    if isinstance(source, nn.Linear):
-        divisor = torch.ones(source.out_features, device=scale.device)
+    bias = getattr(layer, "bias", None)
+    bias_name = (f"{mapping.smooth_layer}.bias",) if isinstance(bias, Tensor) else ()
+    if isinstance(layer, nn.Linear):
+        divisor = torch.ones(layer.out_features, device=scale.device)
         divisor[rows] = scale[rows]
         if isinstance(bias, Tensor):
             _divide_(bias, divisor, dtype)
-        return AppliedMapping(divisor[rows], divisor, bias_name)
-    offset = _offset(source)
-    weight = source.weight
+        return Smoothed(divisor[rows], divisor, bias_name)
+    offset = _weight_offset(layer)
+    weight = layer.weight
     assert isinstance(weight, Tensor)
     old = weight.float() + offset
     new = ((old / scale) - offset).to(dtype).float()
@@ -191,11 +186,11 @@ def apply_mapping(block: nn.Module, mapping: AWQMapping, scale: Tensor, dtype: t
     weight.copy_(torch.where(usable, new, weight.float()))
     if isinstance(bias, Tensor):
         _divide_(bias, actual, dtype)
-    return AppliedMapping(actual, None, (f"{mapping.source}.weight", *bias_name))
+    return Smoothed(actual, None, (f"{mapping.smooth_layer}.weight", *bias_name))
 
 
 def _divide_(bias: Tensor, divisor: Tensor, dtype: torch.dtype) -> None:
-    """Divides in place, to the digits of `dtype`; what is divided by one stays as it is."""
+    """Divide in place, to the digits of `dtype`; what is divided by one stays as it is."""
     bias.copy_(torch.where(divisor == 1, bias.float(), (bias.float() / divisor).to(dtype).float()))
 
 
@@ -203,24 +198,23 @@ def _divide_(bias: Tensor, divisor: Tensor, dtype: torch.dtype) -> None:
 def exact_mappings(
     block: nn.Module, mappings: list[AWQMapping], hidden: Tensor, forward: Callable[[Tensor], Tensor]
 ) -> list[AWQMapping]:
-    """Those of `folds` that leave what the block makes of `hidden` as it is; the block itself stays unchanged.
+    """Those mappings that leave what the block makes of `hidden` as it is. The block itself stays unchanged.
 
-    Names alone do not tell: a norm may be called like one before the linears and stand behind them, and something
-    that is not linear may lie between two linears. Each fold is tried with powers of two, which cost no digit but
-    in a norm that adds an offset; they make activations smaller, so that nothing overflows.
+    Names alone do not tell: a norm may be called like one before the linears and stand behind them, and something that
+    is not linear may lie between two linears. Each mapping is tried with powers of two, which cost no digit but in a
+    norm that adds an offset; they make activations smaller, so that nothing overflows.
     """
     plain = forward(hidden).float()
     # Beside what the block adds, not beside the states, which may be far larger.
     allowed = max(0.01, 4 * torch.finfo(hidden.dtype).eps) * float((plain - hidden.float()).abs().mean())
 
     def holds(tried: list[AWQMapping]) -> bool:
-        names = {
-            f"{path}.{leaf}" for f in tried for path in (f.source, *f.targets) for leaf in ("weight", "bias")
-        }
+        paths = {path for mapping in tried for path in (mapping.smooth_layer, *mapping.balance_layers)}
+        names = {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
         saved = {n: p.detach().clone() for n, p in block.named_parameters() if n in names}
         try:
             for mapping in tried:
-                _apply_in_place(block, mapping)
+                _try_in_place(block, mapping)
             return float((forward(hidden).float() - plain).abs().mean()) <= allowed
         finally:
             for name, value in saved.items():
@@ -229,31 +223,28 @@ def exact_mappings(
     return mappings if holds(mappings) else [mapping for mapping in mappings if holds([mapping])]
 
 
-def _apply_in_place(block: nn.Module, mapping: AWQMapping) -> None:
-    first = block.get_submodule(mapping.targets[0])
-    assert isinstance(first, nn.Linear)
-    scale = torch.exp2((torch.arange(sources(block, mapping), device=first.weight.device) % 4).float())
-    smooth_block(block, mapping, scale, first.weight.dtype)
+def _try_in_place(block: nn.Module, mapping: AWQMapping) -> None:
+    weight = linear_at(block, mapping.balance_layers[0]).weight
+    scale = torch.exp2((torch.arange(scale_count(block, mapping), device=weight.device) % 4).float())
+    smooth_block(block, mapping, scale, weight.dtype)
 
 
-def sources(block: nn.Module, mapping: AWQMapping) -> int:
-    """How many scales a fold has: the outputs of a source that is linear, the channels of a norm."""
-    source, first = block.get_submodule(mapping.source), block.get_submodule(mapping.targets[0])
-    assert isinstance(first, nn.Linear)
-    return source.out_features if isinstance(source, nn.Linear) else first.in_features
+def scale_count(block: nn.Module, mapping: AWQMapping) -> int:
+    """How many scales a mapping has: the outputs of a linear smooth layer, or the channels of a norm."""
+    layer = block.get_submodule(mapping.smooth_layer)
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return linear_at(block, mapping.balance_layers[0]).in_features
 
 
 @torch.no_grad()
 def smooth_block(block: nn.Module, mapping: AWQMapping, scale: Tensor, dtype: torch.dtype) -> None:
-    """Applies a fold to the whole block in place, which goes on computing what it did: source and targets.
+    """Apply a mapping to the block in place, which goes on computing what it did: smooth and balance layers.
 
-    scale: float32 (sources); dtype: as for `apply_fold`.
+    scale, dtype: as for `smooth`.
     """
-    folded = apply_mapping(block, mapping, scale, dtype)
-    source = block.get_submodule(mapping.source)
-    if isinstance(source, nn.Linear) and folded.rows is not None:
-        source.weight.div_(folded.rows[:, None])
-    for path in mapping.targets:
-        target = block.get_submodule(path)
-        assert isinstance(target, nn.Linear)
-        target.weight.mul_(folded.channels)
+    smoothed = smooth(block, mapping, scale, dtype)
+    if smoothed.rows is not None:
+        linear_at(block, mapping.smooth_layer).weight.div_(smoothed.rows[:, None])
+    for path in mapping.balance_layers:
+        linear_at(block, path).weight.mul_(smoothed.channels)
