@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from llm_quantize.evaluation.perplexity import main
+from llm_quantize.evaluation.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,17 +1,14 @@
-"""The libraries that can do the quantizing in place of this project: what each can do. Facts alone, nothing heavy.
+"""The libraries that can do the quantizing in place of this program: what each can do. Facts alone, nothing heavy.
 
-From the libraries' own sources at the versions named; `backends/` holds the script that runs each, with its pins.
+From the libraries' own sources at the versions named. `scripts/` holds the script that runs each, with its pins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from llm_quantize.errors import InputError
-
-if TYPE_CHECKING:
-    from llm_quantize.config import Layout, Method, QuantizeConfig
+from llm_quantize.types import METHODS, WHOLE_ROW, Method, Quality, QuantScheme
 
 NATIVE = "native"
 
@@ -43,35 +40,42 @@ _AUTOGPTQ = {
     "gpt_neox",
 }
 _AUTOGPTQ |= {"gptj", "internlm", "longllama", "moss", "stablelm_epoch", "xverse", *_BOTH}
-_GPTQMODEL_GROUPS = {"awq": (-1, 32, 64, 128), "gptq": (-1, 32, 64, 128, 256, 512, 1024)}
+_GPTQMODEL_GROUPS: dict[Method, tuple[int, ...]] = {
+    "awq": (WHOLE_ROW, 32, 64, 128),
+    "gptq": (WHOLE_ROW, 32, 64, 128, 256, 512, 1024),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One library. `bits` by method; `groups` by method, where it does not take every one; `symmetric`: the grids it
-    has for AWQ; `families`: model types, where it lists them and is no longer changed;
-    `unreadable`: those whose file no other program reads; `old_reader`: its transformers
-    is version 4; `float16`: it loads weights in that, whatever they are; `widths`: what outputs must be a multiple of;
-    `marks_order`: static groups in activation order are marked `desc_act` in its files."""
+    """One library.
+
+    name, version, distribution: of it. script: that runs it. bits: that it writes, by method. groups: sizes that it
+    takes, by method, where it does not take every one. symmetric: what it has for AWQ. families: model types, where it
+    lists them and no longer changes. unreadable: types whose file no other program reads. old_reader: its transformers
+    is version 4. float16: it loads weights in that, whatever they are. output_multiple: of which outputs must be a
+    multiple. marks_order: it marks static groups in activation order as `desc_act` in its files. format: of its files,
+    where that is not the method's name.
+    """
 
     name: str
     version: str
     distribution: str
     script: str
-    bits: dict[str, tuple[int, ...]]
-    groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    bits: dict[Method, tuple[int, ...]]
+    groups: dict[Method, tuple[int, ...]] = field(default_factory=dict)
     symmetric: tuple[bool, ...] = (False, True)
     families: frozenset[str] | None = None
     unreadable: frozenset[str] = frozenset()
     old_reader: bool = False
     float16: bool = False
-    widths: int = 1
+    output_multiple: int = 1
     marks_order: bool = False
-    layout: Layout | None = None
+    format: str | None = None
 
-    def writes(self, method: Method) -> Layout:
-        """The layout of its files: `layout`, or else the one that has the method's name."""
-        return self.layout or method
+    def format_name(self, method: Method) -> str:
+        """The format of its files."""
+        return self.format or method
 
     @property
     def title(self) -> str:
@@ -90,7 +94,7 @@ LIBRARIES: dict[str, Library] = {
         families=frozenset(_AUTOAWQ),
         old_reader=True,
         float16=True,
-        widths=64,
+        output_multiple=64,
     ),
     "auto-gptq": Library(
         "AutoGPTQ",
@@ -101,7 +105,7 @@ LIBRARIES: dict[str, Library] = {
         families=frozenset(_AUTOGPTQ),
         old_reader=True,
         float16=True,
-        widths=32,
+        output_multiple=32,
         marks_order=True,
     ),
     "optimum": Library(
@@ -119,75 +123,77 @@ LIBRARIES: dict[str, Library] = {
 }
 
 
-def choices(method: str) -> tuple[str, ...]:
+def choices(method: Method) -> tuple[str, ...]:
     """What `--backend` takes for a method."""
     return (NATIVE, *(key for key, library in LIBRARIES.items() if method in library.bits))
 
 
-def check(config: QuantizeConfig) -> None:
-    """Refuses what the library that `config.backend` names cannot do. Raises InputError, one line with the remedy.
+def check_request(
+    backend: str,
+    method: Method,
+    scheme: QuantScheme,
+    *,
+    format_name: str | None,
+    quality: Quality,
+    limited_memory: bool,
+    damping: float,
+) -> None:
+    """Refuse what the library cannot do. What it has no counterpart for is refused too, where it was asked for.
 
-    What it has no counterpart for is refused too, where it was asked for: nothing is left out in silence.
+    format_name: as given by name, None for `auto`. limited_memory: whether `--max_memory` was given. Raises InputError,
+    one line with the remedy.
     """
-    if config.backend not in choices(config.method):
-        taken = ", ".join(choices(config.method))
-        raise InputError(f"--backend {config.backend}: {config.method.upper()} takes {taken}")
-    if config.backend == NATIVE:
+    title = METHODS[method]
+    if backend not in choices(method):
+        raise InputError(f"--backend {backend}: {title} takes {', '.join(choices(method))}")
+    if backend == NATIVE:
         return
-    library = LIBRARIES[config.backend]
+    library = LIBRARIES[backend]
     leave = "leave it out, or take --backend native"
-    if config.bits not in library.bits[config.method]:
-        held = ", ".join(map(str, library.bits[config.method]))
+    if scheme.bits not in library.bits[method]:
+        held = ", ".join(map(str, library.bits[method]))
         raise InputError(
-            f"--bits {config.bits}: {library.title} writes {config.method.upper()} at {held} bits; "
-            "take --backend native"
+            f"--bits {scheme.bits}: {library.title} writes {title} at {held} bits; take --backend native"
         )
-    groups = library.groups.get(config.method)
-    if groups is not None and config.group_size not in groups:
+    groups = library.groups.get(method)
+    if groups is not None and scheme.group_size not in groups:
         listed = ", ".join(map(str, groups))
-        raise InputError(f"--group_size {config.group_size}: {library.title} takes {listed}")
-    if config.backend == "autoawq" and config.group_size == -1:
+        raise InputError(f"--group_size {scheme.group_size}: {library.title} takes {listed}")
+    if backend == "autoawq" and scheme.group_size == WHOLE_ROW:
         raise InputError(f"--group_size -1: {library.title} takes groups alone, such as 128")
-    if config.method == "awq" and config.symmetric not in library.symmetric:
-        raise InputError(f"--zero_point false: {library.title} cannot write a symmetric grid; {leave}")
-    if config.layout not in ("auto", library.writes(config.method)):
+    if method == "awq" and scheme.symmetric not in library.symmetric:
+        raise InputError(f"--zero_point false: {library.title} cannot write symmetric groups; {leave}")
+    if format_name not in (None, library.format_name(method)):
         raise InputError(
-            f"--format {config.layout}: {library.title} writes {library.writes(config.method)}; {leave}"
+            f"--format {format_name}: {library.title} writes {library.format_name(method)}; {leave}"
         )
-    if config.quality != "default":
-        raise InputError(
-            f"--quality {config.quality}: the search of {library.title} has no such choice; {leave}"
-        )
-    if config.max_memory is not None:
+    if quality != "default":
+        raise InputError(f"--quality {quality}: the search of {library.title} has no such choice; {leave}")
+    if limited_memory:
         raise InputError(f"--max_memory: {library.title} cannot be kept under a limit; {leave}")
-    if config.method == "gptq" and not 0 < config.damp_percent < 1:
-        raise InputError(
-            f"--damp_percent {config.damp_percent:g}: {library.title} takes more than 0 and less than 1"
-        )
+    if method == "gptq" and not 0 < damping < 1:
+        raise InputError(f"--damp_percent {damping:g}: {library.title} takes more than 0 and less than 1")
 
 
 def check_model(backend: str, model_type: str, outputs: dict[str, int]) -> None:
-    """The same for a model: its type, and how many outputs each linear has, by name. Raises InputError."""
+    """Refuse a model that the library cannot do. outputs: of each linear, by name. Raises InputError."""
     library = LIBRARIES[backend]
     unlisted = library.families is not None and model_type not in library.families
     if unlisted or model_type in library.unreadable:
         raise InputError(f"{library.title} does not take models of type {model_type}: take --backend native")
     for name, width in outputs.items():
-        if width % library.widths:
+        if width % library.output_multiple:
             raise InputError(
-                f"{name} has {width} outputs, and {library.title} needs a multiple of {library.widths}: "
+                f"{name} has {width} outputs, and {library.title} needs a multiple of {library.output_multiple}: "
                 "take --backend native"
             )
 
 
-def not_served(config: QuantizeConfig) -> str | None:
-    """Why vLLM refuses what the library writes where it would take this project's file; one line."""
-    if config.backend == NATIVE or config.method != "gptq" or config.group_size == -1 or not config.desc_act:
+def vllm_refusal(backend: str, group_size: int) -> str | None:
+    """Why vLLM refuses the library's GPTQ files in activation order, in one line; None where it takes them."""
+    if backend == NATIVE or group_size == WHOLE_ROW or not LIBRARIES[backend].marks_order:
         return None
-    library = LIBRARIES[config.backend]
-    if library.marks_order:
-        return (
-            f"{library.title} marks activation order in its files as vLLM 0.30 and later refuse it in groups: "
-            "take --desc_act false to serve it there"
-        )
-    return None
+    return (
+        f"{LIBRARIES[backend].title} marks activation order in its files as vLLM 0.30 and later refuse it in groups: "
+        "take --desc_act false to serve it there"
+    )

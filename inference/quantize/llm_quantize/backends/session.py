@@ -1,7 +1,7 @@
-"""Runs a library's quantizer in an environment of its own: the parent's half of what `backends/child.py` describes.
+"""Runs a library's quantizer in an environment of its own: the parent's half of what `scripts/child.py` describes.
 
-The job goes over as files, progress comes back as lines. An environment is made by uv from the pins in the script;
-the first time it downloads some gigabytes. Knows nothing of what is published.
+The job goes over as files, progress comes back as lines. uv makes an environment from the pins in the script; the first
+time it downloads some gigabytes. Knows nothing of what is published.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_quantize.backends.registry import Library
-from llm_quantize.backends.scripts.child import Job as Job  # pipeline.py and the tests take it from here
+from llm_quantize.backends.scripts.child import Job as Job  # callers take it from here
 from llm_quantize.console import Blocks, Console
 from llm_quantize.errors import InputError, WorkError, one_line
-from llm_quantize.model.source import WEIGHT_SUFFIXES, Source, read_json, with_old_rope_keys
+from llm_quantize.io.untrusted import read_json
+from llm_quantize.model.config_file import with_old_rope_keys
+from llm_quantize.model.source import SourceModel
+from llm_quantize.model.weight_files import WEIGHT_SUFFIXES
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 COMMAND = ("uv", "run", "--script")
@@ -40,7 +43,7 @@ _DROPPED = re.compile(r"PYTHON.*|VIRTUAL_ENV|CONDA_.*|UV_PROJECT.*|UV_PYTHON")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the library took: seconds by stage (load, quantize, save), bytes at most on the device and in memory."""
+    """What the library took: seconds by stage (load, quantize, save), and bytes at most on the device and in memory."""
 
     seconds: dict[str, float]
     device_bytes: int
@@ -121,7 +124,7 @@ class Session:
                 self.versions = {str(k): str(v) for k, v in event["versions"].items()}
                 return
             if event["event"] in ("failed", "refused"):
-                raise InputError(f"{self.library.title} cannot be used here: {self._told(event)}")
+                raise InputError(f"{self.library.title} cannot be used here: {self._explained(event)}")
         raise InputError(
             f"no environment for {self.library.title} ({self._last_words()}): the first time needs a package "
             f"index within reach; all of it is in {self._keep_log()}"
@@ -147,7 +150,7 @@ class Session:
                 case "refused":
                     raise InputError(f"{self.library.title}: {one_line(event['text'])[:_LONG]}")
                 case "failed":
-                    raise WorkError(f"{self.library.title} failed: {self._told(event)}")
+                    raise WorkError(f"{self.library.title} failed: {self._explained(event)}")
                 case "done":
                     seconds = {str(k): float(v) for k, v in event["seconds"].items()}
                     return Outcome(seconds, int(event["device_bytes"]), int(event["host_bytes"]))
@@ -162,7 +165,7 @@ class Session:
         save_file({"tokens": tokens.contiguous()}, file)
         return file
 
-    def model(self, source: Source, *, trust: bool) -> Path:
+    def model(self, source: SourceModel, *, trust: bool) -> Path:
         """A directory of links to the files of `source`, as this library is to see them.
 
         Weights other than safetensors and adapters stay out, and so does the model's own code unless `trust`: AutoGPTQ
@@ -189,7 +192,7 @@ class Session:
 
     # -- errors and the end
 
-    def _told(self, event: Mapping[str, Any]) -> str:
+    def _explained(self, event: Mapping[str, Any]) -> str:
         kind, text = str(event.get("error", "")), one_line(event.get("text", ""))
         if kind == "OutOfMemoryError":
             text = "the GPU is out of memory: free it, or lower --calib_seq_len or --calib_samples"
