@@ -3,50 +3,69 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import resource
 import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm_quantize.backends import registry, session
-from llm_quantize.blockwise.export import config_json, plan, settings, side_files
+from llm_quantize.backends import registry
+from llm_quantize.backends.session import Job, Session
+from llm_quantize.blockwise.export import config_json, planned_tensors, quantization_settings
 from llm_quantize.blockwise.kernel_warmup import KernelWarmup
-from llm_quantize.blockwise.loop import ExecutionPlan, choose_storage, quantize_blocks
-from llm_quantize.blockwise.resume import KeptStates, first_entry, identity
-from llm_quantize.blockwise.run_context import RunContext, prepare, solve_options
+from llm_quantize.blockwise.layer_report import LayerReport
+from llm_quantize.blockwise.loop import quantize_blocks
+from llm_quantize.blockwise.resume import first_entry, run_identity
+from llm_quantize.blockwise.run_context import ExecutionPlan, RunContext, choose_storage
 from llm_quantize.calibration.windows import Windows, load_windows
-from llm_quantize.checkpoint import external
+from llm_quantize.checkpoint.external import verify_external
+from llm_quantize.checkpoint.verification import verify_written
 from llm_quantize.checkpoint.writer import CheckpointWriter
-from llm_quantize.config import QuantizeConfig
+from llm_quantize.config import QuantizeConfig, shown_text
 from llm_quantize.console import Console, duration
+from llm_quantize.device import Device
 from llm_quantize.errors import FinalError, InputError
 from llm_quantize.evaluation import model_card
-from llm_quantize.evaluation.perplexity import Measured, heldout_windows, measure, sample
+from llm_quantize.evaluation.heldout import heldout_windows
+from llm_quantize.evaluation.perplexity import Measured, measure
+from llm_quantize.evaluation.sample import sample
 from llm_quantize.io.atomic_directory import AtomicDirectory
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_NAME
 from llm_quantize.io.journal import Journal
-from llm_quantize.model import block_forward
-from llm_quantize.model.source import Source
+from llm_quantize.io.shown_names import shown_name
+from llm_quantize.model.block_forward import MicroBatch
+from llm_quantize.model.side_files import SideFiles
+from llm_quantize.preparation import Prepared, make_solver, prepare, stored_dtype
+from llm_quantize.timing import StageTimes
+from llm_quantize.types import Method
+from llm_quantize.validation import check_places, validate
+
+PROMPT = "This module provides"  # of the embedded model's sample
+OWN_FILES = ("config.json", "quantize_config.json", *model_card.OWN)  # written anew, whatever the source has
+ROOT = Path(__file__).resolve().parents[3]  # of the tree, where the program runs from there
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was published, for the front door to show. `seconds` by stage; `device_bytes` and
-    `host_bytes` at most, up to the finished files, of the process that made them; the former 0 without a GPU.
+    """What was published.
 
-    `versions`: of what did the work. `measured`: None where it was not asked for.
+    output: the directory. rows: of the summary. sample: words by the embedded model. serve_line: the command that
+    serves it. seconds: by stage. device_bytes, host_bytes: of memory at most, up to the finished files, of the process
+    that made them; the first is 0 without a GPU. versions: of what did the work. measured: None where it was not asked
+    for.
     """
 
     output: Path
-    method: str
+    method: Method
     bits: int
-    layout: str
+    format: str
     rows: list[tuple[str, str]]
     sample: str | None
     serve_line: str
@@ -57,212 +76,250 @@ class Result:
     measured: Measured | None
 
 
-def quantize(config: QuantizeConfig, console: Console) -> Result:
-    """Quantizes, writes, checks, measures. Errors: `InputError` before any long work, `WorkError` after."""
+@dataclass(slots=True)
+class _Written:
+    """What wrote the checkpoint, and what it took. library: None where this program did the work."""
+
+    tensor_bytes: int
+    device_bytes: int
+    host_bytes: int
+    versions: dict[str, str]
+    library: registry.Library | None = None
+    reports: list[LayerReport] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the steps of one run share."""
+
+    config: QuantizeConfig
+    console: Console
+    device: Device
+    times: StageTimes
+    output: AtomicDirectory
+    prepared: Prepared
+    windows: Windows
+    heldout: Tensor | None
+
+
+def quantize(config: QuantizeConfig, console: Console | None = None) -> Result:
+    """Quantize, write, check, measure and publish. console: shows progress; without one only warnings are shown.
+
+    Raises InputError before any long work, WorkError after.
+    """
+    console = console or Console(quiet=True)
     started = time.perf_counter()
-    with AtomicDirectory(config.target, overwrite=config.may_replace) as output_dir, ExitStack() as stack:
+    validate(config)
+    check_places(config)
+    with AtomicDirectory(config.target, overwrite=config.may_replace) as output, ExitStack() as stack:
+        device = Device.pick(config.device, config.max_memory)
+        times = StageTimes(device)
         warmup = stack.enter_context(KernelWarmup())
-        run = prepare(config, console, partial(_warm_up, warmup, config))
-        run.stages["opening"] = time.perf_counter() - started
-        if config.backend != registry.NATIVE:
-            library = session.Session(registry.LIBRARIES[config.backend], run.device, console)
-            run.library = stack.enter_context(library)
-        with run.stage("text"):
-            windows = load_windows(config.calibration, run.source.tokenizer, log=console.warn)
-            console.note(f"calibration: {windows}")
-            heldout = None
-            if config.eval_data != "off":
-                heldout = heldout_windows(config, run.source.tokenizer, log=console.note)
-        with run.stage("warming up"):
-            warmup.end()
-        if run.device.type == "cuda":
-            torch.cuda.set_device(run.device)
-            torch.zeros((), device=run.device)  # the statistics exist once the device is in use
-            torch.cuda.reset_peak_memory_stats(run.device)
-        with _kept(output_dir, len(run.source.blocks)):
-            write = _write_checkpoint if run.library is None else _have_written
-            size = write(run, windows, output_dir)
-            memory = run.device_bytes, run.host_bytes
+        prepared = prepare(config, device, console, lambda found: _warm_up(warmup, config, device, found))
+        times.seconds["opening"] = time.perf_counter() - started
+        session = None
+        if not config.native:
+            library = registry.LIBRARIES[config.backend]
+            session = stack.enter_context(Session(library, device.torch, console))
+        with times.stage("text"):
+            windows, heldout = _read_text(config, prepared, console)
+        with times.stage("warming up"):
+            warmup.join()
+        device.start_statistics()
+        run = _Run(config, console, device, times, output, prepared, windows, heldout)
+        with _kept_for_resume(run):
+            written = _write_natively(run) if session is None else _write_by_library(run, session)
             worked = time.perf_counter() - started
-            measured = _measure(run, output_dir, heldout)
-            with run.stage("describing"):
-                _describe(run, output_dir, windows, heldout, measured)
-            with run.stage("publishing"):
-                output_dir.publish()
-    rows = _rows(run, windows, measured, size, worked, time.perf_counter() - started)
-    text = sample(config.target, run.source.tokenizer, run.device, _PROMPT) if config.embedded else None
+            measured = _measure(run)
+            with times.stage("describing"):
+                _describe(run, written, measured)
+            with times.stage("publishing"):
+                output.publish()
+    rows = _rows(run, written, measured, worked, time.perf_counter() - started)
+    text = None
+    if config.embedded:
+        text = sample(config.target, prepared.model.tokenizer, device.torch, PROMPT)
     return Result(
-        config.target,
-        config.method,
-        config.bits,
-        config.file_layout,
-        rows,
-        text,
-        serve_line(config),
-        run.stages,
-        *memory,
-        run.versions,
-        measured,
+        output=config.target,
+        method=config.method,
+        bits=config.bits,
+        format=config.checkpoint_format.name,
+        rows=rows,
+        sample=text,
+        serve_line=serve_line(config),
+        seconds=times.seconds,
+        device_bytes=written.device_bytes,
+        host_bytes=written.host_bytes,
+        versions=written.versions,
+        measured=measured,
     )
 
 
-def _warm_up(warmup: KernelWarmup, config: QuantizeConfig, device: torch.device, model: Any) -> None:
-    """Begins it, for weights as the model's config promises; of another dtype, kernels are compiled in their turn."""
-    if config.backend == registry.NATIVE:
-        dtype = model.dtype if isinstance(model.dtype, torch.dtype) else torch.bfloat16
-        warmup.begin(solve_options(config, dtype), device, scales=config.method == "awq")
+def serve_line(config: QuantizeConfig) -> str:
+    """The command that serves the result: the tree's script, or vLLM itself where the program is installed."""
+    script = "./run_vllm.sh" if (ROOT / "run_vllm.sh").is_file() else "vllm serve"
+    return f"{script} {shlex.quote(str(config.target))}{config.checkpoint_format.serve_flag}"
+
+
+# -- before the work
+
+
+def _warm_up(warmup: KernelWarmup, config: QuantizeConfig, device: Device, model_config: Any) -> None:
+    """Start it for weights as the config promises; for another dtype, kernels are compiled when they are used."""
+    if config.native:
+        dtype = model_config.dtype if isinstance(model_config.dtype, torch.dtype) else torch.bfloat16
+        warmup.start(make_solver(config, stored_dtype(dtype), most_sweeps=1), device)
+
+
+def _read_text(config: QuantizeConfig, prepared: Prepared, console: Console) -> tuple[Windows, Tensor | None]:
+    """The calibration windows, and the held-out ones where something is to be measured."""
+    tokenizer = prepared.model.tokenizer
+    windows = load_windows(config.calibration, tokenizer, log=console.warn)
+    console.note(f"calibration: {windows}")
+    if config.eval_data == "off":
+        return windows, None
+    heldout = heldout_windows(
+        config.eval_data,
+        config.eval_samples,
+        config.calibration,
+        tokenizer,
+        embedded=config.embedded,
+        log=console.note,
+    )
+    return windows, heldout
 
 
 @contextmanager
-def _kept(output_dir: AtomicDirectory, blocks: int) -> Iterator[None]:
+def _kept_for_resume(run: _Run) -> Iterator[None]:
     """A failure says what is kept for the same command; nothing is where that would fail again."""
     try:
         yield
     except FinalError:
-        output_dir.keep = False
+        run.output.keep = False
         raise
     except InputError:
         raise
     except BaseException as error:
-        if output_dir.keep:
-            done = min(len(Journal(output_dir.work / "journal").entries) - 1, blocks)
+        if run.output.keep:
+            blocks = len(run.prepared.model.blocks)
+            done = min(len(Journal(run.output.work / "journal").entries) - 1, blocks)
             error.add_note(f"{done} of {blocks} blocks are kept, the same command goes on there")
         raise
 
 
-def _write_checkpoint(run: RunContext, windows: Windows, output_dir: AtomicDirectory) -> int:
-    """Everything but what is told of it, complete and read back; how many bytes its tensors have."""
-    config = run.config
-    run_id = identity(config, run.source, run.device, windows.fingerprint)
-    length = windows.tokens.shape[1]
-    widest = max(max(x.in_features, x.out_features) for x in run.source.linears(0))
-    batch = block_forward.MicroBatch(run.device, length, widest, limit=config.max_memory)
-    storage = choose_storage(run, windows.tokens)
-    begun = {"windows": batch.windows, "in_order": storage == run.device}
-    first = first_entry(output_dir, run_id, begun, restart=config.restart or config.no_resume)
+# -- the work
+
+
+def _identity(run: _Run) -> dict[str, str | int | float]:
+    return run_identity(run.config.identity(), run.prepared.model, run.device, run.windows.fingerprint)
+
+
+def _write_natively(run: _Run) -> _Written:
+    """Everything but what is said of it, complete and read back."""
+    config, prepared, device = run.config, run.prepared, run.device
+    form = config.checkpoint_format
+    context = RunContext(
+        model=prepared.model,
+        device=device,
+        scheme=prepared.solver.scheme,
+        format=form,
+        solver=prepared.solver,
+        compute_dtype=prepared.model.dtype if device.is_gpu else torch.float32,
+        store_dtype=prepared.store_dtype,
+        console=run.console,
+        times=run.times,
+        dynamic_groups=config.dynamic_groups,
+        repeat_tied_head=form.repeats_tied_head and config.format == form.name,
+    )
+    windows, length = run.windows.tokens.shape
+    batch = MicroBatch(device, length, prepared.model.widest())
+    storage = choose_storage(context, windows, length)
+    begun = {"windows": batch.windows, "in_order": storage == device.torch}
+    fresh = config.restart or config.no_resume
+    first = first_entry(run.output, _identity(run), begun, restart=fresh)
     batch.windows = first["windows"]
-    execution = ExecutionPlan(batch, storage, first["in_order"])
-    keep = not config.no_resume
-    with (
-        CheckpointWriter(output_dir, plan(run), first, keep=keep) as writer,
-        KeptStates(output_dir, keep) as kept,
-    ):
-        output_dir.write_json("config.json", config_json(run))
-        quantize_blocks(run, windows, writer, kept, execution)
-        _copy_side_files(run, output_dir)
-        with run.stage("reading back"):
-            writer.complete(config.file_layout, config.bits, config.group_size, run.device)
-    return writer.tensor_bytes
+    plan = ExecutionPlan(batch, storage, first["in_order"])
+    with CheckpointWriter(run.output, planned_tensors(context), first, keep=not config.no_resume) as writer:
+        run.output.write_json("config.json", config_json(context))
+        quantize_blocks(context, run.windows.tokens, writer, plan)
+        _copy_side_files(run, keep_existing=False)
+        settings = quantization_settings(context)
+        with run.times.stage("reading back"):
+            verify_written(writer, form, settings, device.torch)
+        if form.settings_file is not None:
+            run.output.write_json(form.settings_file, settings)
+    return _Written(
+        tensor_bytes=writer.tensor_bytes,
+        device_bytes=device.peak_memory(),
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        reports=context.reports,
+    )
 
 
-def _have_written(run: RunContext, windows: Windows, output_dir: AtomicDirectory) -> int:
+def _write_by_library(run: _Run, session: Session) -> _Written:
     """The same by a library: its files as it writes them, complete and read back."""
-    config, source, library = run.config, run.source, run.library
-    assert library is not None
+    config, model, library = run.config, run.prepared.model, session.library
     # What an interrupted run of this program left is not thrown away unasked; a library leaves nothing to go on from.
-    run_id = identity(config, source, run.device, windows.fingerprint) | {"--backend": config.backend}
-    first_entry(output_dir, run_id, {}, restart=config.restart or config.no_resume)
-    output_dir.clear()
-    job = session.Job(
-        model=str(library.model(source, trust=config.trust_remote_code)),
-        output=str(output_dir.content),
-        windows=str(library.windows(windows.tokens)),
+    identity = _identity(run) | {"--backend": config.backend}
+    first_entry(run.output, identity, {}, restart=config.restart or config.no_resume)
+    run.output.clear()
+    job = Job(
+        model=str(session.model(model, trust=config.trust_remote_code)),
+        output=str(run.output.content),
+        windows=str(session.windows(run.windows.tokens)),
         method=config.method,
         bits=config.bits,
         group_size=config.group_size,
         symmetric=config.symmetric,
         act_order=config.act_order_groups if config.method == "gptq" and config.desc_act else "none",
-        damping=config.damp_percent,
-        dtype="float16" if library.library.float16 else str(run.store).removeprefix("torch."),
-        blocks=len(source.blocks),
-        device=run.device.type,
+        damping=config.damping,
+        dtype="float16" if library.float16 else str(run.prepared.store_dtype).removeprefix("torch."),
+        blocks=len(model.blocks),
+        device=run.device.torch.type,
         trust_remote_code=config.trust_remote_code,
     )
-    with run.console.blocks(len(source.blocks)) as progress:
-        run.outcome = library.quantize(job, progress)
-    run.stages |= run.outcome.seconds
-    with run.stage("reading back"):
-        size = external.verify(
-            output_dir.content,
-            source,
-            config.file_layout,
-            config.bits,
-            config.group_size,
-            config.symmetric,
-            library.library.title,
-            trust=config.trust_remote_code,
+    with run.console.blocks(len(model.blocks)) as progress:
+        outcome = session.quantize(job, progress)
+    run.times.seconds |= outcome.seconds
+    with run.times.stage("reading back"):
+        tensor_bytes = verify_external(
+            run.output.content,
+            model,
+            config.checkpoint_format,
+            config.scheme,
+            library.title,
+            trust_remote_code=config.trust_remote_code,
         )
-    output_dir.make_durable()
-    _copy_side_files(run, output_dir)
-    return size
+    run.output.make_durable()
+    _copy_side_files(run, keep_existing=True)
+    return _Written(tensor_bytes, outcome.device_bytes, outcome.host_bytes, session.versions, library)
 
 
-def _copy_side_files(run: RunContext, output_dir: AtomicDirectory) -> None:
-    files = side_files(run)
-    if run.library is not None:  # what it wrote itself stays; what an interrupted run left would be cut off
-        files = [path for path in files if not (output_dir.content / path.name).exists()]
-    skipped = output_dir.copy(files)
+def _copy_side_files(run: _Run, *, keep_existing: bool) -> None:
+    """Copy what lies beside the source's weights. keep_existing: files that a library wrote itself stay.
+
+    What an interrupted run left may be cut off, and is replaced.
+    """
+    with SideFiles(run.prepared.model.directory) as side_files:
+        files = [path for path in side_files.list() if path.name not in OWN_FILES]
+        if keep_existing:
+            files = [path for path in files if not (run.output.content / path.name).exists()]
+        skipped = run.output.copy(files)
     if skipped:
         run.console.warn(f"links that lead out of the model's directory are left out: {', '.join(skipped)}")
 
 
-_PROMPT = "This module provides"
+# -- after the work
 
 
-def serve_line(config: QuantizeConfig) -> str:
-    """The command that serves the result."""
-    flag = "" if config.file_layout == "compressed-tensors" else f" --quantization {config.file_layout}"
-    return f"./run_vllm.sh {shlex.quote(str(config.target))}{flag}"
-
-
-# -- the end
-
-
-def _measure(run: RunContext, output_dir: AtomicDirectory, heldout: Tensor | None) -> Measured | None:
-    """What the files lose, None where it is not asked. Errors: `FinalError` over a limit."""
-    if heldout is None:
+def _measure(run: _Run) -> Measured | None:
+    """What the files lose; None where it is not asked for. Raises FinalError over a limit."""
+    if run.heldout is None:
         return None
-    with run.stage("measuring"):
-        measured = measure(run.source, output_dir.content, heldout, run.device)
-    _within(run.config, measured)
-    return measured
-
-
-def _describe(
-    run: RunContext,
-    output_dir: AtomicDirectory,
-    windows: Windows,
-    heldout: Tensor | None,
-    measured: Measured | None,
-) -> None:
-    """Writes what goes beside the weights; nothing in it depends on when, where or how long."""
-    source = run.source
-    if run.config.file_layout == "gptq" and run.library is None:
-        output_dir.write_json("quantize_config.json", settings(run))
-    facts = model_card.Facts(
-        config=run.config,
-        directory=source.directory,
-        source_bytes=_source_bytes(source),
-        quantized_bytes=sum(file.stat().st_size for file in output_dir.content.glob("*.safetensors")),
-        architecture=type(source.skeleton).__name__,
-        tied=source.tied_head is not None,
-        windows=windows,
-        heldout_sha256=None if heldout is None else hashlib.sha256(heldout.numpy().tobytes()).hexdigest(),
-        damping=run.options.damping,
-        layers=run.reports,
-        measured=measured,
-        library=None if run.library is None else run.library.versions,
-    )
-    for name, content in model_card.files(facts).items():
-        output_dir.write(name, content)
-
-
-def _source_bytes(source: Source) -> int:
-    return sum(path.stat().st_size for path in set(source.files.values()))
-
-
-def _within(config: QuantizeConfig, measured: Measured) -> None:
-    """The gates. Errors: `FinalError` where a limit is passed; nothing is published then."""
+    with run.times.stage("measuring"):
+        measured = measure(run.prepared.model, run.output.content, run.heldout, run.device)
+    config = run.config
     if config.max_kl is not None and measured.kl > config.max_kl:
         raise FinalError(
             f"KL divergence {measured.kl:.4f} is over --max_kl {config.max_kl:g}: nothing published"
@@ -273,38 +330,82 @@ def _within(config: QuantizeConfig, measured: Measured) -> None:
             f"perplexity rises by {increase:.2f} %, over --max_ppl_increase {config.max_ppl_increase:g}: "
             "nothing published"
         )
+    return measured
+
+
+def _describe(run: _Run, written: _Written, measured: Measured | None) -> None:
+    """Write what goes beside the weights; nothing in it depends on when, where or how long."""
+    config, model = run.config, run.prepared.model
+    form, library = config.checkpoint_format, written.library
+    base_model = EMBEDDED_NAME
+    if config.model_path is not None:
+        base_model = shown_name(config.model_path).partition("@")[0]
+    heldout_sha256 = None
+    if run.heldout is not None:
+        heldout_sha256 = hashlib.sha256(run.heldout.numpy().tobytes()).hexdigest()
+    facts = model_card.CardFacts(
+        method=config.method,
+        scheme=config.scheme,
+        format=form,
+        base_model=base_model,
+        on_hub=config.model_path is not None and "/" in base_model,
+        command=" ".join(word if word.startswith("--") else shlex.quote(word) for word in config.command()),
+        directory=model.directory,
+        source_bytes=model.file_bytes,
+        quantized_bytes=sum(file.stat().st_size for file in run.output.content.glob("*.safetensors")),
+        architecture=type(model.skeleton).__name__,
+        repeats_head=config.format == form.name or model.names.tied_head is None,
+        backend=config.backend,
+        library=None if library is None else library.title,
+        library_versions=None if library is None else written.versions,
+        quality=config.quality,
+        damping=run.prepared.solver.damping,
+        vllm_refusal=config.vllm_refusal,
+        windows=run.windows,
+        calibration_data=shown_text(config.calibration.data),
+        own_calibration_text=config.embedded and config.calibration.data == str(EMBEDDED_CALIBRATION),
+        seed=config.calibration.seed,
+        eval_data=shown_text(config.eval_data),
+        heldout_sha256=heldout_sha256,
+        on_calibration_text=config.eval_data == config.calibration.data,
+        layers=written.reports,
+        measured=measured,
+    )
+    for name, content in model_card.card_files(facts).items():
+        run.output.write(name, content)
 
 
 def _rows(
-    run: RunContext, windows: Windows, measured: Measured | None, size: int, worked: float, total: float
+    run: _Run, written: _Written, measured: Measured | None, worked: float, total: float
 ) -> list[tuple[str, str]]:
-    before = _source_bytes(run.source)
+    """The summary."""
+    before = run.prepared.model.file_bytes
     rows = [
         ("written", str(run.config.target)),
-        ("size", f"{before / 2**20:,.1f} MiB -> {size / 2**20:,.1f} MiB"),
-        ("calibration", str(windows)),
+        ("size", f"{before / 2**20:,.1f} MiB -> {written.tensor_bytes / 2**20:,.1f} MiB"),
+        ("calibration", str(run.windows)),
         ("time", f"{duration(total)}, of which quantization {duration(worked)}"),
     ]
-    if run.library is not None:
-        rows.append(("by", ", ".join(f"{name} {version}" for name, version in run.versions.items())))
+    if written.library is not None:
+        rows.append(("by", ", ".join(f"{name} {version}" for name, version in written.versions.items())))
     else:
-        worst = max(run.reports, key=lambda r: r.error)
-        slowest = max(run.reports, key=lambda r: r.seconds)
+        worst = max(written.reports, key=lambda r: r.error)
+        slowest = max(written.reports, key=lambda r: r.seconds)
         rows.append(("slowest layer", f"{slowest.name}: {slowest.seconds:.2f} s"))
         rows.append(("worst layer", f"{worst.name}: relative output error {worst.error:.2e}"))
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stages.items() if seconds >= 0.05)
+    stages = ", ".join(f"{name} {s:.1f} s" for name, s in run.times.seconds.items() if s >= 0.05)
     rows.append(("stages", stages))
-    fallbacks = sum(r.fallback is not None for r in run.reports)
+    fallbacks = sum(r.fallback is not None for r in written.reports)
     if fallbacks:
         rows.append(("fallback", f"{fallbacks} layers rounded to nearest, see quantization_report.json"))
-    if run.device_bytes:
-        rows.append(("device memory", f"{run.device_bytes / 2**30:.2f} GiB at most"))
+    if written.device_bytes:
+        rows.append(("device memory", f"{written.device_bytes / 2**30:.2f} GiB at most"))
     if measured is not None:
         rows += [
             ("perplexity", f"{measured.perplexity_source:.3f} -> {measured.perplexity_quantized:.3f}"),
             ("KL divergence", f"{measured.kl:.5f} nats a token over {measured.tokens:,} tokens"),
             ("same next token", f"{100 * measured.agreement:.1f} %"),
         ]
-    if run.config.not_served is not None:
+    if run.config.vllm_refusal is not None:
         rows.append(("vLLM", "does not serve this combination"))
     return rows

@@ -1,0 +1,148 @@
+"""Opens the model and asks everything that can be asked of it before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_quantize.backends import registry
+from llm_quantize.calibration.windows import longest_window
+from llm_quantize.config import QuantizeConfig
+from llm_quantize.console import Console
+from llm_quantize.device import Device
+from llm_quantize.errors import InputError
+from llm_quantize.io.atomic_directory import check_target
+from llm_quantize.io.embedded_files import EMBEDDED_MODEL
+from llm_quantize.io.hub import resolve_model
+from llm_quantize.model.awq_mappings import find_mappings
+from llm_quantize.model.source import SourceModel
+from llm_quantize.model.weight_files import Scratch, convert_pickles
+from llm_quantize.solver.awq import AWQSolver
+from llm_quantize.solver.base import Solver
+from llm_quantize.solver.gptq import GPTQSolver
+from llm_quantize.solver.quality import quality_preset
+from llm_quantize.types import QuantScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before the text is read. scratch: holds a converted copy of pickled weights."""
+
+    model: SourceModel
+    solver: Solver
+    store_dtype: torch.dtype
+    scratch: Scratch | None
+
+
+def prepare(
+    config: QuantizeConfig,
+    device: Device,
+    console: Console,
+    on_config: Callable[[Any], None] = lambda _: None,
+) -> Prepared:
+    """Open the source and check it. Raises InputError, before any long work.
+
+    on_config: is given the model's config, before the seconds that building the model takes.
+    """
+    directory, scratch = _model_directory(config, console)
+    model = SourceModel.open(directory, trust_remote_code=config.trust_remote_code, on_config=on_config)
+    store_dtype = stored_dtype(model.dtype)
+    solver = make_solver(config, store_dtype)
+    _check_shapes(config, model, solver.scheme)
+    if config.native:
+        if solver.uses_mappings:
+            find_mappings(model.modules[0], model.config)  # refuses an unknown architecture now
+    else:
+        _check_library(config, model, console)
+    _check_target(config, model)
+    _check_window_length(config, model)
+    return Prepared(model, solver, store_dtype, scratch)
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which float tensors of a model in `dtype` are saved: BF16 stays, since FP16 overflows; FP32 becomes FP16."""
+    return torch.float16 if dtype == torch.float32 else dtype
+
+
+def make_solver(
+    config: QuantizeConfig, store_dtype: torch.dtype, *, most_sweeps: int | None = None
+) -> Solver:
+    """The solver that the method asks for, with all its settings.
+
+    most_sweeps: of coordinate descent, where one is enough to see every kernel run.
+    """
+    half = (torch.float16,)
+    scheme = QuantScheme(
+        config.bits,
+        config.group_size,
+        config.symmetric,
+        zero_min=config.checkpoint_format.zero_min,
+        scale_dtypes=(torch.bfloat16, *half) if store_dtype == torch.bfloat16 else half,
+    )
+    preset = quality_preset(config.quality, config.bits)
+    if most_sweeps is not None:
+        preset = replace(preset, sweeps=min(preset.sweeps, most_sweeps))
+    if config.method == "awq":
+        return AWQSolver(scheme, preset)
+    return GPTQSolver(
+        scheme,
+        preset,
+        config.damping,
+        act_order=config.desc_act,
+        dynamic_groups=config.dynamic_groups,
+    )
+
+
+def _model_directory(config: QuantizeConfig, console: Console) -> tuple[Path, Scratch | None]:
+    """The directory of the model, fetched or converted where it has to be."""
+    if config.model_path is None:
+        return EMBEDDED_MODEL, None
+    directory = resolve_model(
+        config.model_path,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        log=console.note,
+    )
+    if config.allow_pickle and not any(directory.glob("*.safetensors")):
+        scratch = Scratch()
+        return convert_pickles(directory, scratch.path), scratch
+    return directory, None
+
+
+def _check_shapes(config: QuantizeConfig, model: SourceModel, scheme: QuantScheme) -> None:
+    for index in range(len(model.blocks)):
+        for linear in model.linears(index):
+            config.checkpoint_format.check_shape(scheme, linear.name, linear.out_features, linear.in_features)
+
+
+def _check_library(config: QuantizeConfig, model: SourceModel, console: Console) -> None:
+    library = registry.LIBRARIES[config.backend]
+    outputs = {linear.name: linear.out_features for linear in model.linears(0)}
+    registry.check_model(config.backend, model.config.model_type, outputs)
+    if library.float16 and model.dtype != torch.float16:
+        name = str(model.dtype).removeprefix("torch.")
+        console.warn(f"{library.title} works in float16: weights in {name} are converted, and may overflow")
+
+
+def _check_target(config: QuantizeConfig, model: SourceModel) -> None:
+    """Refuse a target that cannot be published, or a disk without room for it."""
+    weights = sum(
+        linear.out_features * linear.in_features
+        for index in range(len(model.blocks))
+        for linear in model.linears(index)
+    )
+    others = model.file_bytes - weights * model.dtype.itemsize
+    needed = int(weights * (config.bits + 0.5) / 8) + max(others, 0)
+    check_target(config.target, config.may_replace, needed, model.directory)
+
+
+def _check_window_length(config: QuantizeConfig, model: SourceModel) -> None:
+    limit = longest_window(model.tokenizer, getattr(model.text_config, "max_position_embeddings", None))
+    if limit is not None and config.calibration.seq_len > limit:
+        raise InputError(
+            f"--calib_seq_len {config.calibration.seq_len} is more than the model takes: at most {limit}"
+        )
