@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Small operations on a busy machine: threads that wait for each other take ten times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,8 +19,10 @@ from torch import Tensor
 
 import awq_quantize
 import gptq_quantize
-from llm_quantize.model import block_forward
-from llm_quantize.model.source import Source
+from llm_quantize.model.block_forward import BlockKwargs
+from llm_quantize.model.model_forward import embed
+from llm_quantize.model.source import SourceModel
+from llm_quantize.model.states import States
 from models import CPU, FAMILIES, write
 
 MAIN: dict[str, Callable[[list[str]], int]] = {"awq": awq_quantize.main, "gptq": gptq_quantize.main}
@@ -28,7 +30,7 @@ MAIN: dict[str, Callable[[list[str]], int]] = {"awq": awq_quantize.main, "gptq":
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run that published `path`. `weights`: what the solver put into the block, float32, by full name."""
+    """A run that published `path`. weights: as the solver left them in the blocks, float32, by full name."""
 
     path: Path
     method: str
@@ -36,33 +38,32 @@ class Finished:
 
 
 class Runs:
-    """Runs the commands in this process, each combination of arguments once a session."""
+    """Run the commands in this process, each combination of arguments once a session."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._done: dict[tuple[Any, ...], Finished] = {}
 
     def __call__(self, method: str, *words: str, again: bool = False) -> Finished:
-        """`again`: another run of the same arguments, into another directory."""
+        """Run once for these arguments; `again`: once more, into another directory."""
         key = (method, words, again)
         if key not in self._done:
             self._done[key] = self._run(method, list(words))
         return self._done[key]
 
     def _run(self, method: str, words: list[str]) -> Finished:
-        from llm_quantize.blockwise import loop
+        from llm_quantize.blockwise import block as block_module
 
         path = self.root / f"run-{len(self._done)}"
         weights: dict[str, Tensor] = {}
 
-        write = loop.write_linear
+        write_linear = block_module.write_linear
 
-        def spied(run: Any, writer: Any, name: str, solved: Any) -> None:
-            block = run.source.modules[run.source.blocks.index(name)]
-            weight = block.get_submodule(solved.path).weight
+        def spied(context: Any, writer: Any, index: int, solved: Any) -> None:
+            weight = context.model.modules[index].get_submodule(solved.path).weight
             assert isinstance(weight, Tensor)
-            weights[f"{name}.{solved.path}.weight"] = weight.detach().clone()
-            write(run, writer, name, solved)
+            weights[f"{context.model.blocks[index]}.{solved.path}.weight"] = weight.detach().clone()
+            write_linear(context, writer, index, solved)
 
         defaults = {
             "--calib_samples": "16",
@@ -73,7 +74,7 @@ class Runs:
         }
         rest = [w for flag, value in defaults.items() if flag not in words for w in (flag, value)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "write_linear", spied)
+            patch.setattr(block_module, "write_linear", spied)
             assert MAIN[method]([*words, *rest]) == 0
         return Finished(path, method, weights)
 
@@ -98,25 +99,31 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return find
 
 
-@pytest.fixture
-def opened(
-    saved: Callable[..., Path],
-) -> Callable[[str], tuple[Source, block_forward.States, dict[str, Any]]]:
-    """A family's source with its first block loaded, states of seven windows, and what the block is called with."""
+class Opened(NamedTuple):
+    """A model whose first block is loaded, with states that enter the block, and the block's other arguments."""
 
-    def find(family: str) -> tuple[Source, block_forward.States, dict[str, Any]]:
-        source = Source.open(saved(family, torch.float32))
+    model: SourceModel
+    states: States
+    kwargs: BlockKwargs
+
+
+@pytest.fixture
+def opened(saved: Callable[..., Path]) -> Callable[[str], Opened]:
+    """A family's model on the CPU, with states of seven windows."""
+
+    def find(family: str) -> Opened:
+        model = SourceModel.open(saved(family, torch.float32))
         tokens = torch.randint(3, 2048, (7, 16), generator=torch.Generator().manual_seed(1))
-        states, calls = block_forward.embed(source, tokens, CPU, CPU, torch.float32)
-        source.load(source.modules[0], source.blocks[0], CPU, torch.float32)
-        return source, states, calls.kwargs[0]
+        states, kwargs = embed(model, tokens, CPU, CPU, torch.float32)
+        model.load_block(0, CPU, torch.float32)
+        return Opened(model, states, kwargs[0])
 
     return find
 
 
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Matrices of half precision are multiplied as a GPU does, also where there is none: the depth of each product."""
+    """Emulate a GPU's products of half precision; return the list to which each appends its inner dimension."""
     from llm_quantize.kernels import cholesky
 
     depths: list[int] = []
@@ -134,7 +141,10 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def waits() -> Callable[[Callable[[], object]], int]:
-    """How often the host waits for the GPU while it does some work, done once before to fill what is kept."""
+    """Return a function that counts how often the host waits for the GPU during some work.
+
+    It does the work once before, to fill the caches.
+    """
 
     def count(work: Callable[[], object]) -> int:
         work()

@@ -1,11 +1,10 @@
-"""A Hugging Face hub on loopback: as much of its HTTP API as `huggingface_hub` and `datasets` use to read.
+"""Serve a Hugging Face hub on loopback: the part of its HTTP API with which libraries read.
 
     with HubServer(models={"org/tiny": directory}, datasets={"org/text": directory}) as hub:
         ...  # HF_ENDPOINT=hub.url
 
-Every repository has one commit, `main`. Those named in `gated` refuse as the hub does to whoever has not
-accepted their conditions, unknown ones as it does to whoever has not logged in; `requests` lists what was
-asked for.
+Every repository has one commit, `main`. Repositories in `gated` answer as the hub answers users who have not accepted
+their conditions. Unknown repositories answer as the hub answers users who are not logged in.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ RESOLVE = re.compile(rf"/(?P<kind>datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/
 
 
 class HubServer:
-    """Serves directories as repositories on a free port of 127.0.0.1, in a thread, while entered."""
+    """Serve directories as repositories on a free port of 127.0.0.1, in a thread, within the context."""
 
     def __init__(
         self,
@@ -38,14 +37,13 @@ class HubServer:
     ) -> None:
         self.repos = {"models": dict(models or {}), "datasets": dict(datasets or {})}
         self.gated = gated
-        self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property
     def url(self) -> str:
-        """The value for HF_ENDPOINT."""
+        """Return the value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> HubServer:
@@ -63,11 +61,11 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
-    # Headers and body leave in two writes: with Nagle's algorithm each answer would wait 40 ms for an ACK.
+    # Headers and body are sent in two writes: with Nagle's algorithm, each answer would wait 40 ms for an ACK.
     disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: object) -> None:
-        self.hub.requests.append(f"{self.command} {self.path}")
+        """Log nothing: the default writes to stderr."""
 
     def do_GET(self) -> None:
         self._answer()
@@ -84,10 +82,10 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "datasets" if (found["kind"] or "").startswith("datasets") else "models"
         repo = unquote(found["repo"])
         root = self.hub.repos[kind].get(repo)
-        if root is None:  # what the hub says to whoever is not logged in: the repository may be private
+        if root is None:  # the repository may be private: the hub says 401 to users who are not logged in
             return self._error(401, "", "Invalid username or password.")
         if match.re is RESOLVE:
-            if repo in self.hub.gated:  # everybody may see what files there are
+            if repo in self.hub.gated:  # everybody may list its files
                 return self._error(401, "GatedRepo", f"Access to {kind[:-1]} {repo} is restricted")
             if not self._known(found["revision"]):
                 return self._error(404, "RevisionNotFound", f"Invalid rev id: {found['revision']}")
@@ -181,7 +179,7 @@ def _oid(file: Path) -> str:
 
 
 def _entry(root: Path, path: Path) -> dict[str, Any]:
-    """One line of a tree listing."""
+    """Return one entry of a tree listing."""
     name = str(path.relative_to(root))
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0}

@@ -1,9 +1,9 @@
-"""Runs commands and kills them: a process that has imported everything forks one child for each command.
+"""Run commands and kill them: a process that has imported everything forks one child for each command.
 
-Each line on stdin is a JSON object: `words` (the arguments, the first one `awq` or `gptq`), and `call`, the number of
-the file-system call at which the child kills itself with SIGKILL (a write is torn in half before), or `seconds`, after
-which it is killed, or neither. The answer is a JSON object: `status` (exit code, or minus the signal), `calls` (names
-of the calls that were made), `seconds`.
+Each line on stdin is a JSON object. `words`: the arguments, the first one `awq` or `gptq`. `call`: the number of the
+file-system call at which the child kills itself with SIGKILL (a write is cut in half before); or `seconds`, after which
+it is killed; or neither. The answer is a JSON object: `status` (exit code, or minus the signal), `calls` (names of the
+calls that were made), `seconds`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CALLS = ("pwrite", "write", "fsync", "ftruncate", "rename", "replace", "mkdir", 
 
 
 def _watch(call: int | None, log: int) -> None:
-    """Counts the calls of `CALLS`, tells each on `log`, and dies at number `call`."""
+    """Count the calls of `CALLS`, write each to `log`, and die at number `call`."""
     count = [0]
     lock = threading.Lock()
-    tell = os.write
+    write_log = os.write
 
     def watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ def _watch(call: int | None, log: int) -> None:
                     if name in ("pwrite", "write"):
                         real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
                     os.kill(os.getpid(), signal.SIGKILL)
-                tell(log, f"{name} {_what(args)}\n".encode())
+                write_log(log, f"{name} {_what(args)}\n".encode())
             return real(*args, **kwargs)
 
         return run
@@ -54,7 +54,7 @@ def _watch(call: int | None, log: int) -> None:
 
 
 def _what(args: tuple[Any, ...]) -> str:
-    """The file's name, from a path or an open descriptor."""
+    """Return the file's name, from a path or an open descriptor."""
     if isinstance(args[0], int):
         return Path(f"/proc/self/fd/{args[0]}").readlink().name
     return Path(os.fspath(args[0])).name
@@ -96,8 +96,8 @@ def _serve() -> None:
         os.close(log)
         if "seconds" in job:
             threading.Timer(job["seconds"], _kill, (child,)).start()
-        with os.fdopen(readable) as told:
-            calls = told.read().splitlines()
+        with os.fdopen(readable) as calls_made:
+            calls = calls_made.read().splitlines()
         _, status = os.waitpid(child, 0)
         answer = {
             "status": os.waitstatus_to_exitcode(status),

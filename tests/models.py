@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from llm_quantize.config import EMBEDDED_MODEL
+from llm_quantize.io.embedded_files import EMBEDDED_MODEL
 
 VOCABULARY = 2048  # the embedded tokenizer's
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Lists the SHA-256 of every file that the commands publish, for each combination of options that the tests know.
+"""List the SHA-256 of every file that the commands publish, for each combination of options that the tests know.
 
     python tests/published_bytes.py [--device cpu] [--only WORD] > sums.txt
 
@@ -54,13 +54,13 @@ COMBINATIONS: list[tuple[str, str, str, int, bool, int]] = [
 
 
 def sums(directory: Path) -> dict[str, str]:
-    """SHA-256 in hex of each file below `directory`, by its path in it."""
+    """Return the SHA-256 in hex of each file below `directory`, by its path in it."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def main() -> int:
-    """The command. Returns 1 where a run failed."""
+    """Run the command. Returns 1 where a run failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

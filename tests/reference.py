@@ -1,7 +1,7 @@
-"""Slow, obvious packers and unpackers of the three checkpoint layouts, and a reader of whole directories.
+"""Slow, obvious packers and unpackers of the three checkpoint formats, and a reader of whole directories.
 
-Independent of the product on purpose: written from the layouts' descriptions with numpy alone, one bit at a
-time, sharing no line with `packing.py`.
+Independent of the product on purpose: written from the formats' descriptions with numpy alone, one bit at a
+time, sharing no line with `llm_quantize.formats`.
 
 A layer is `W: (out, in)` with integers `q: (out, in)`, scales and zero points `(out, groups)`, and for each
 input channel the group it belongs to; `W ≈ (q − z)·s`. Every integer is unsigned, whatever the file stores.
@@ -47,7 +47,7 @@ class Layer:
 
 
 def stream(values: Ints, bits: int) -> npt.NDArray[np.int32]:
-    """Words (…, n·bits/32) of a little-endian bit stream along the last axis of `values` (…, n)."""
+    """Pack the last axis of `values` (…, n) as a little-endian bit stream into words (…, n·bits/32)."""
     ones = ((values[..., None] >> np.arange(bits)) & 1).astype(np.uint8)
     ones = ones.reshape(*values.shape[:-1], values.shape[-1] * bits)
     missing = -ones.shape[-1] % 32
@@ -56,7 +56,7 @@ def stream(values: Ints, bits: int) -> npt.NDArray[np.int32]:
 
 
 def unstream(words: npt.NDArray[Any], bits: int, count: int) -> Ints:
-    """The first `count` values along the last axis: undoes `stream`."""
+    """Undo `stream`: read the first `count` values along the last axis."""
     words = np.ascontiguousarray(words.astype("<i4"))
     ones = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[..., : count * bits]
     ones = ones.reshape(*words.shape[:-1], count, bits).astype(np.int64)
@@ -65,7 +65,7 @@ def unstream(words: npt.NDArray[Any], bits: int, count: int) -> Ints:
 
 
 def groups_in_order(width: int, group_size: int) -> Ints:
-    """(width,): 0 … 0 1 … 1 …; all 0 for −1."""
+    """Return the group of each channel, (width,): 0 … 0 1 … 1 …; all 0 for −1."""
     return np.arange(width) // (width if group_size == -1 else group_size)
 
 
@@ -73,7 +73,7 @@ def groups_in_order(width: int, group_size: int) -> Ints:
 
 
 def awq_words(values: Ints) -> npt.NDArray[np.int32]:
-    """int32 (rows, columns / 8) of 4-bit `values` (rows, columns), eight columns a word."""
+    """Pack 4-bit `values` (rows, columns), eight columns a word: int32 (rows, columns / 8)."""
     rows, columns = values.shape
     words = np.zeros((rows, columns // 8), np.uint32)
     for column in range(columns // 8):
@@ -83,7 +83,7 @@ def awq_words(values: Ints) -> npt.NDArray[np.int32]:
 
 
 def awq_values(words: npt.NDArray[Any]) -> Ints:
-    """(rows, columns): undoes `awq_words`."""
+    """Undo `awq_words`: (rows, columns)."""
     unsigned = np.ascontiguousarray(words.astype(np.int32)).view(np.uint32)
     values = np.zeros((words.shape[0], words.shape[1] * 8), np.int64)
     for column in range(words.shape[1]):
@@ -102,7 +102,7 @@ def pack_awq(layer: Layer) -> Tensors:
 
 
 def unpack_awq(tensors: Tensors, group_size: int) -> Layer:
-    """Undoes `pack_awq`."""
+    """Undo `pack_awq`."""
     q = awq_values(tensors["qweight"]).T
     return Layer(
         q=q,
@@ -126,7 +126,7 @@ def pack_gptq(layer: Layer, bits: int) -> Tensors:
 
 
 def unpack_gptq(tensors: Tensors, bits: int) -> Layer:
-    """Undoes `pack_gptq`. A stored 2^bits − 1 is read as zero point 0."""
+    """Undo `pack_gptq`. A stored 2^bits − 1 is read as zero point 0."""
     rows, out = tensors["qweight"].shape
     return Layer(
         q=unstream(tensors["qweight"].T, bits, rows * 32 // bits),
@@ -156,7 +156,7 @@ def pack_compressed_tensors(layer: Layer, bits: int, sym: bool) -> Tensors:
 
 
 def unpack_compressed_tensors(tensors: Tensors, bits: int, group_size: int) -> Layer:
-    """Undoes `pack_compressed_tensors`; without stored zero points they are 2^(bits−1)."""
+    """Undo `pack_compressed_tensors`; without stored zero points they are 2^(bits−1)."""
     out, width = (int(n) for n in tensors["weight_shape"])
     packed, scales = tensors["weight_packed"], tensors["weight_scale"].astype(np.float32)
     if packed.shape != (out, -(-width * bits // 32)):
@@ -173,7 +173,7 @@ def unpack_compressed_tensors(tensors: Tensors, bits: int, group_size: int) -> L
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, torch.dtype]]:
-    """Every tensor of a checkpoint directory, floats as float32, and the dtypes they are stored in."""
+    """Read every tensor of a checkpoint directory, floats as float32, and the dtypes they are stored in."""
     index = path / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists():
@@ -190,7 +190,7 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, torch.dtype]]:
 
 
 def read_layers(path: Path) -> tuple[dict[str, Layer], Tensors]:
-    """The quantized linears of a directory by name (without `.weight`), and all other tensors."""
+    """Read the quantized linears of a directory by name (without `.weight`), and all other tensors."""
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     method = config["quant_method"]
     tensors, dtypes = read_tensors(path)
@@ -221,12 +221,12 @@ def read_layers(path: Path) -> tuple[dict[str, Layer], Tensors]:
                 parts, weights["num_bits"], weights["group_size"] if weights["strategy"] == "group" else -1
             )
         else:
-            raise ValueError(f"no such layout: {config}")
+            raise ValueError(f"no such format: {config}")
     return layers, tensors
 
 
 def dequantize_directory(path: str | Path) -> dict[str, Floats]:
-    """The full-precision state dict of a quantized checkpoint, float32, named as in its source (`X.weight`).
+    """Return the float32 state dict of a quantized checkpoint, named as in its source (`X.weight`).
 
     Reads `awq`, `gptq` and `compressed-tensors` (`pack-quantized`), one file or shards with an index.
     """
@@ -237,7 +237,7 @@ def dequantize_directory(path: str | Path) -> dict[str, Floats]:
 
 
 def plain_model(path: str | Path) -> PreTrainedModel:
-    """The de-quantized checkpoint as a float32 model of plain linears on the CPU."""
+    """Load the de-quantized checkpoint as a float32 model of plain linears on the CPU."""
     config = AutoConfig.from_pretrained(path)
     del config.quantization_config
     build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
@@ -258,7 +258,7 @@ def plain_model(path: str | Path) -> PreTrainedModel:
 def round_to_nearest(
     weight: Floats, bits: int, sym: bool, group: Ints, scale_dtype: torch.dtype = torch.float16
 ) -> Layer:
-    """Min-max grid per row and group, scales rounded to their dtype before the integers are chosen."""
+    """Round to the minimum and maximum of each group of a row, with scales in their stored dtype."""
     top = 2**bits - 1
     count = int(group.max()) + 1
     scales = np.zeros((weight.shape[0], count), np.float32)
@@ -277,17 +277,17 @@ def round_to_nearest(
 
 
 def shuffled_groups(width: int, group_size: int, seed: int) -> Ints:
-    """Groups of equal size over a random order of the channels, as activation order leaves them."""
+    """Make groups of equal size over a random order of the channels, as activation order does."""
     group = np.empty(width, np.int64)
     group[np.random.default_rng(seed).permutation(width)] = groups_in_order(width, group_size)
     return group
 
 
 def quantization_config(
-    layout: str, bits: int, group_size: int, sym: bool, act_order: bool
+    format_name: str, bits: int, group_size: int, sym: bool, act_order: bool
 ) -> dict[str, Any]:
-    """What `config.json` says of a checkpoint in this layout."""
-    if layout == "awq":
+    """What `config.json` says of a checkpoint in this format."""
+    if format_name == "awq":
         return {
             "quant_method": "awq",
             "bits": bits,
@@ -296,7 +296,7 @@ def quantization_config(
             "version": "gemm",
             "modules_to_not_convert": ["lm_head"],
         }
-    if layout == "gptq":
+    if format_name == "gptq":
         return {
             "quant_method": "gptq",
             "bits": bits,
@@ -327,7 +327,7 @@ def quantization_config(
 def write_rtn_checkpoint(
     model_dir: str | Path,
     out_dir: str | Path,
-    layout: str,
+    format_name: str,
     bits: int,
     group_size: int,
     sym: bool,
@@ -335,13 +335,13 @@ def write_rtn_checkpoint(
     act_order: bool = False,
     shards: int = 1,
 ) -> None:
-    """A round-to-nearest checkpoint of a local model: every 2-D weight inside the blocks, rest as it is.
+    """Write a round-to-nearest checkpoint of a local model: 2-D weights inside the blocks are rounded, others copied.
 
     `act_order` (`gptq` alone) spreads each group over random channels, so that `g_idx` is not trivial.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
-    if act_order and layout != "gptq":
-        raise ValueError(f"{layout} has no g_idx")
+    if act_order and format_name != "gptq":
+        raise ValueError(f"{format_name} has no g_idx")
     shutil.copytree(model_dir, out_dir, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
     tensors, dtypes = read_tensors(model_dir)
     saved: dict[str, torch.Tensor] = {}
@@ -353,11 +353,11 @@ def write_rtn_checkpoint(
         group = (
             shuffled_groups(width, group_size, number) if act_order else groups_in_order(width, group_size)
         )
-        scale_dtype = dtypes[name] if layout == "compressed-tensors" else torch.float16
+        scale_dtype = dtypes[name] if format_name == "compressed-tensors" else torch.float16
         layer = round_to_nearest(tensor, bits, sym, group, scale_dtype)
-        if layout == "awq":
+        if format_name == "awq":
             parts = pack_awq(layer)
-        elif layout == "gptq":
+        elif format_name == "gptq":
             parts = pack_gptq(layer, bits)
         else:
             parts = pack_compressed_tensors(layer, bits, sym)
@@ -368,15 +368,15 @@ def write_rtn_checkpoint(
             saved[f"{name.removesuffix('.weight')}.{part}"] = packed
     write_shards(out_dir, saved, shards)
 
-    quantization = quantization_config(layout, bits, group_size, sym, act_order)
+    quantization = quantization_config(format_name, bits, group_size, sym, act_order)
     config = json.loads((out_dir / "config.json").read_text())
     (out_dir / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}, indent=2))
-    if layout == "gptq":
+    if format_name == "gptq":
         (out_dir / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
 
 
 def write_shards(out_dir: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
-    """`model.safetensors`, or that many shards with their index."""
+    """Write `model.safetensors`, or that many shards with their index."""
     if shards == 1:
         save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
         return

@@ -1,4 +1,4 @@
-"""The modules that hold Triton kernels, and a way to put something in the place of what all of them use."""
+"""List the modules with Triton kernels, and replace a name in all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNELS = (launcher, precision, permutation, tiling, gptq_columns, coordinate_de
 
 
 def everywhere(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
-    """Sets `name` in each of them that has it."""
+    """Set `name` to `value` in each module with kernels that has it, until the test ends."""
     holders = [module for module in KERNELS if hasattr(module, name)]
     assert len(holders) > 1
     for module in holders:

@@ -1,4 +1,4 @@
-"""What the serving tests share: checkpoints to serve, what they should answer, and a server's life."""
+"""Makes checkpoints to serve, reads the model that a checkpoint holds, and runs a server: for the serving tests."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ from reference import plain_model
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_vllm.sh"
 
-Kind = Literal["awq", "gptq", "compressed-tensors"]
-KINDS: tuple[Kind, ...] = ("awq", "gptq", "compressed-tensors")
+Format = Literal["awq", "gptq", "compressed-tensors"]
+FORMATS: tuple[Format, ...] = ("awq", "gptq", "compressed-tensors")
 
 # --- checkpoints
 
 
-def make_checkpoint(kind: Kind, out_dir: Path) -> Path:
-    """The embedded model at 4 bits, in the layout `kind`, as a user's command writes it but for less calibration.
+def make_checkpoint(format_: Format, out_dir: Path) -> Path:
+    """Quantize the embedded model to 4 bits in `format_` into `out_dir`, which is returned.
 
-    `awq`; `gptq`, symmetric, by name and so with the tied head's copy; `compressed-tensors`, asymmetric GPTQ.
+    The commands are a user's, with less calibration. The gptq checkpoint is symmetric and holds a copy of the tied
+    head, as the command writes it where that format is asked for; the compressed-tensors one is asymmetric GPTQ.
     """
     short = ["--calib_samples", "16", "--quality", "fast", "--eval_data", "off", "--quiet"]
     command = ["--output_path", str(out_dir), *short]
-    if kind == "awq":
+    if format_ == "awq":
         code = awq_quantize.main([*command, "--group_size", "128"])
-    elif kind == "gptq":
+    elif format_ == "gptq":
         code = gptq_quantize.main([*command, "--group_size", "32", "--format", "gptq"])
     else:
         code = gptq_quantize.main([*command, "--group_size", "64", "--sym", "false"])
     assert code == 0
     config = json.loads((out_dir / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == kind
+    assert config["quant_method"] == format_
     return out_dir
 
 
 def reference_model(directory: Path) -> PreTrainedModel:
-    """The float32 model that the checkpoint in `directory` stands for, read by the tests' own slow unpackers."""
+    """Return the float32 model of the de-quantized checkpoint in `directory`, read by the tests' own unpackers."""
     return plain_model(directory)
 
 
@@ -64,21 +65,26 @@ def free_port() -> int:
 
 
 class Server:
-    """A running `run_vllm.sh`, asked over HTTP on loopback."""
+    """A running `run_vllm.sh`, with requests to it over HTTP on loopback."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, key: str | None) -> None:
         self.process, self.port, self.log, self.key = process, port, log, key
 
-    def ask(self, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> tuple[int, Any]:
-        """The HTTP status and the JSON of the answer; status 0 where nothing answers yet."""
-        request = urllib.request.Request(
+    def request(
+        self, path: str, body: dict[str, Any] | None = None, key: str | None = None
+    ) -> tuple[int, Any]:
+        """Return the HTTP status and the JSON of the answer; status 0 where nothing answers yet.
+
+        With a `body` the request is a POST of its JSON; `key` is the API key to send.
+        """
+        message = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"}
             | ({"Authorization": f"Bearer {key}"} if key else {}),
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(message, timeout=60) as answer:
                 status, text = int(answer.status), answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -91,22 +97,25 @@ class Server:
             return status, text.decode(errors="replace")
 
     def complete(self, **body: Any) -> dict[str, Any]:
-        """The first choice of a completion."""
-        status, answer = self.ask("/v1/completions", body, self.key)
+        """Return the first choice of the completion that `body` asks for."""
+        status, answer = self.request("/v1/completions", body, self.key)
         assert status == 200, answer
         choice: dict[str, Any] = answer["choices"][0]
         return choice
 
     def wait_until_healthy(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while self.ask("/health")[0] != 200:
+        while self.request("/health")[0] != 200:
             tail = self.log.read_text(errors="replace")[-4000:]
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{tail}"
             assert time.monotonic() < end, f"the server is not healthy after {seconds:.0f} s:\n{tail}"
             time.sleep(0.25)
 
     def stop(self) -> int:
-        """Ends the server as a service manager would, then by force what is left of its group; its exit code."""
+        """Stop the server by SIGTERM, as a service manager does, and return its exit code.
+
+        After at most 30 s what is left of its process group is killed.
+        """
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
@@ -117,15 +126,16 @@ class Server:
 
 
 @contextmanager
-def running(
+def running_server(
     model: str, *arguments: str, cwd: Path, log: Path, key: str | None = None, healthy_within: float = 900
 ) -> Iterator[Server]:
-    """`run_vllm.sh model` from the directory `cwd` on a free port, healthy; stopped by its id on every way out.
+    """Run `run_vllm.sh model` in the directory `cwd` on a free port; yield the server once it is healthy.
 
-    The first start on a machine installs vLLM, hence the long wait.
+    The server is stopped at the end, whatever happens. The first start on a machine installs vLLM, which takes
+    minutes: `healthy_within` is in seconds.
     """
     port = free_port()
-    # The CPU build on every machine, none that happens to be set up, and no word to anyone.
+    # Every machine uses the script's own CPU build, and sends no statistics.
     environment = {k: v for k, v in os.environ.items() if k not in ("VLLM", "VLLM_API_KEY", "HF_HUB_OFFLINE")}
     environment |= {"LLM_QUANTIZE_DEVICE": "cpu", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if key is not None:

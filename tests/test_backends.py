@@ -1,6 +1,6 @@
-"""Libraries in this program's place: what is refused, what the two processes say to each other, what is let through.
+"""Test libraries in this program's place: what is refused, what the two processes send each other, what is accepted.
 
-The library is played by a script of a few lines in this interpreter; those behind the marker `readers` are real.
+A script of a few lines in this interpreter stands for the library; tests with the marker `readers` run the real ones.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ from conftest import MAIN, Finished, Runs
 from llm_quantize import cli
 from llm_quantize.backends import registry
 from llm_quantize.backends import session as session_module
-from llm_quantize.checkpoint import external
-from llm_quantize.config import EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from llm_quantize.blockwise.block import BlockWork
+from llm_quantize.calibration.windows import CalibrationConfig
+from llm_quantize.checkpoint.external import verify_external
+from llm_quantize.config import QuantizeConfig
 from llm_quantize.console import Console
+from llm_quantize.device import Device
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.model.source import Source
+from llm_quantize.formats import FORMATS
+from llm_quantize.io.embedded_files import EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.model.source import SourceModel
+from llm_quantize.types import QuantScheme
 from models import CPU, FAMILIES, write
 
 SCRIPTS = session_module.SCRIPTS
@@ -51,7 +57,7 @@ QUICK = ["--calib_samples", "16", "--calib_seq_len", "128", "--eval_samples", "2
         ("awq", "--backend autoawq --bits 8", "AutoAWQ 0.2.9 writes AWQ at 4 bits"),
         ("awq", "--backend gptqmodel --bits 8", "GPTQModel 7.7.0 writes AWQ at 4 bits"),
         ("awq", "--backend autoawq --group_size -1", "AutoAWQ 0.2.9 takes groups alone"),
-        ("awq", "--backend autoawq --zero_point false", "cannot write a symmetric grid"),
+        ("awq", "--backend autoawq --zero_point false", "cannot write symmetric groups"),
         ("awq", "--backend gptqmodel --group_size 256", "takes -1, 32, 64, 128"),
         ("awq", "--backend autoawq --format compressed-tensors", "AutoAWQ 0.2.9 writes awq"),
         ("gptq", "--backend optimum --group_size 96", "takes -1, 32, 64, 128, 256, 512, 1024"),
@@ -82,8 +88,8 @@ def test_what_a_library_cannot_do_is_refused(
         ("gptq", "--backend gptqmodel --bits 8 --group_size 1024"),
     ],
 )
-def test_what_it_can_do_is_written_in_the_layout_of_the_method(method: str, words: str) -> None:
-    assert cli.parse(method, words.split()).file_layout == method  # type: ignore[arg-type]
+def test_what_it_can_do_is_written_in_the_format_of_the_method(method: str, words: str) -> None:
+    assert cli.parse(method, words.split()).checkpoint_format.name == method  # type: ignore[arg-type]
 
 
 def test_models_that_a_library_does_not_take_are_refused() -> None:
@@ -123,14 +129,14 @@ def _config(method: Any = "gptq", **more: Any) -> QuantizeConfig:
     return QuantizeConfig(method=method, calibration=CalibrationConfig(), **more)
 
 
-def test_what_vllm_does_not_serve_is_told_of_the_library_that_writes_it() -> None:
-    assert "marks activation order" in str(_config(backend="auto-gptq").not_served)
-    assert _config(backend="auto-gptq", desc_act=False).not_served is None
-    assert _config(backend="auto-gptq", group_size=-1).not_served is None
-    assert _config(backend="optimum").not_served is None
-    assert _config().not_served is None
-    assert "dynamic" in str(_config(backend="gptqmodel", act_order_groups="dynamic").not_served)
-    assert "3 bits" in str(_config(backend="gptqmodel", bits=3).not_served)
+def test_what_vllm_refuses_depends_on_the_library_that_writes_it() -> None:
+    assert "marks activation order" in str(_config(backend="auto-gptq").vllm_refusal)
+    assert _config(backend="auto-gptq", desc_act=False).vllm_refusal is None
+    assert _config(backend="auto-gptq", group_size=-1).vllm_refusal is None
+    assert _config(backend="optimum").vllm_refusal is None
+    assert _config().vllm_refusal is None
+    assert "dynamic" in str(_config(backend="gptqmodel", act_order_groups="dynamic").vllm_refusal)
+    assert "3 bits" in str(_config(backend="gptqmodel", bits=3).vllm_refusal)
 
 
 # -- the scripts
@@ -151,7 +157,7 @@ def test_scripts_pin_what_they_install(name: str) -> None:
 
 
 def test_no_script_hides_a_package() -> None:
-    """A script's directory comes first where Python looks for what it imports."""
+    """Python looks into a script's directory first for what it imports."""
     names = {path.stem for path in SCRIPTS.glob("*.py")} - {"__init__"}
     assert names == {"child"} | {Path(library.script).stem for library in registry.LIBRARIES.values()}
     assert not names & {"awq", "auto_gptq", "optimum", "gptqmodel", "torch", "transformers", "datasets"}
@@ -162,7 +168,7 @@ def test_no_script_hides_a_package() -> None:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes a script with a body of `quantize(job, channel)`, and lets it stand for every library."""
+    """Make a script with a body of `quantize(job, channel)`, and let it stand for every library."""
 
     def make(body: str, load: str = "pass") -> None:
         text = f"""
@@ -203,7 +209,7 @@ def _job(**more: Any) -> session_module.Job:
 
 
 class _Seen:
-    """A console's progress that remembers."""
+    """A console's progress that records its calls."""
 
     total = 4
 
@@ -229,7 +235,7 @@ def _left(tmp_path: Path) -> set[str]:
     return {path.name for path in tmp_path.iterdir()} - {"scripts"}
 
 
-def test_progress_and_result_come_over(library: Callable[..., None], tmp_path: Path) -> None:
+def test_progress_and_result_arrive(library: Callable[..., None], tmp_path: Path) -> None:
     library("""
         print("a library that talks on standard output")
         os.write(1, b'{"event": "done", "seconds": {}, "device_bytes": 0, "host_bytes": 0}\\n')
@@ -267,7 +273,7 @@ def test_memory_that_runs_out_says_what_to_do(library: Callable[..., None]) -> N
         _quantize(session)
 
 
-def test_a_killed_process_is_told_of(library: Callable[..., None]) -> None:
+def test_a_killed_process_is_reported(library: Callable[..., None]) -> None:
     library("os.kill(os.getpid(), signal.SIGKILL)")
     with _session() as session, pytest.raises(WorkError, match=r"ended without a result.*killed"):
         _quantize(session)
@@ -279,7 +285,7 @@ def test_a_job_that_it_cannot_do_is_bad_input(library: Callable[..., None]) -> N
         _quantize(session)
 
 
-def test_a_library_that_does_not_import_is_told_before_any_work(library: Callable[..., None]) -> None:
+def test_a_library_that_does_not_import_is_reported_before_any_work(library: Callable[..., None]) -> None:
     library("pass", load="import no_such_module_at_all")
     with pytest.raises(InputError, match="cannot be used here: ModuleNotFoundError: No module named"):
         _session().__enter__()
@@ -300,9 +306,9 @@ def test_no_package_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         monkeypatch.setenv(name, value)
     with pytest.raises(
         InputError, match=r"no environment for AutoGPTQ 0\.7\.1 .*needs a package index"
-    ) as told:
+    ) as caught:
         _session().__enter__()
-    assert Path(str(told.value).rpartition(" is in ")[2]).read_text()
+    assert Path(str(caught.value).rpartition(" is in ")[2]).read_text()
 
 
 def _alive(pid: int) -> bool:
@@ -321,7 +327,7 @@ def _gone(pid: int) -> bool:
 
 
 def test_leaving_ends_the_library(library: Callable[..., None], tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a job: nothing of it stays, neither the process nor its files."""
+    """After Ctrl-C in the middle of a job neither the process nor its files are left."""
     library(f"""
         pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
         channel.step("busy")
@@ -419,12 +425,12 @@ def test_rotary_embeddings_for_older_readers() -> None:
 
 
 def test_the_view_of_a_model(library: Callable[..., None], tmp_path: Path) -> None:
-    """Links to what is safe to read; config.json as transformers 4 reads it, for a library that has that."""
+    """It links to files that are safe to read; a library on transformers 4 gets a config.json that it can read."""
     library("pass")
     config = FAMILIES["llama"]()
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
     directory = write(tmp_path / "model", config, dtype=torch.float16)
-    source = Source.open(directory)
+    source = SourceModel.open(directory)
     for name in ("modeling_own.py", "pytorch_model.bin", "adapter_config.json", "notes.txt"):
         (directory / name).write_text("{}")
     code = {"AutoConfig": "modeling_own.Config"}
@@ -455,7 +461,7 @@ def test_the_view_of_a_model(library: Callable[..., None], tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def written(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a library might have left: a checkpoint's own files, with nothing copied from the source."""
+    """Make what a library might write: a checkpoint's own files, with nothing copied from the source."""
     made = tmp_path_factory.mktemp("written") / "checkpoint"
     made.mkdir()
     for name in ("model.safetensors", "config.json", "quantize_config.json"):
@@ -463,16 +469,11 @@ def written(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def _verify(directory: Path, **more: Any) -> int:
-    values: dict[str, Any] = {
-        "layout": "gptq",
-        "bits": 4,
-        "group_size": 128,
-        "symmetric": True,
-        "by": "Lib 1",
-    }
-    values |= more
-    return external.verify(directory, values.pop("source", None) or Source.open(EMBEDDED_MODEL), **values)
+def _verify(
+    directory: Path, source: SourceModel | None = None, *, bits: int = 4, group_size: int = 128
+) -> int:
+    model = source or SourceModel.open(EMBEDDED_MODEL)
+    return verify_external(directory, model, FORMATS["gptq"], QuantScheme(bits, group_size, True), "Lib 1")
 
 
 def _changed(written: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -487,7 +488,7 @@ LINEAR = "model.layers.1.mlp.up_proj"
 HEAD = torch.zeros(2048, 256, dtype=torch.float16)
 
 
-def test_a_good_checkpoint_is_let_through(written: Path, tmp_path: Path) -> None:
+def test_a_good_checkpoint_is_accepted(written: Path, tmp_path: Path) -> None:
     size = sum(tensor.nbytes for tensor in load_file(written / "model.safetensors").values())
     assert _verify(written) == size
 
@@ -521,14 +522,14 @@ def test_a_good_checkpoint_is_let_through(written: Path, tmp_path: Path) -> None
     ],
     ids=["no g_idx", "no norm", "one too many", "a bias", "shape", "dtype", "NaN", "infinite"],
 )
-def test_a_bad_one_is_not(
+def test_a_bad_one_is_refused(
     change: Callable[[dict[str, torch.Tensor]], Any], said: str, written: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(WorkError, match=said):
         _verify(_changed(written, tmp_path, change))
 
 
-def test_nor_one_in_another_layout_or_of_another_model(written: Path, tmp_path: Path) -> None:
+def test_one_in_another_format_or_of_another_model_is_refused(written: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkError, match="wrote gptq at 4 bits instead of gptq at 8"):
         _verify(written, bits=8)
     with pytest.raises(WorkError, match=r"qzeros as torch\.int32 \(4, 32\), not with shape \(16, 32\)"):
@@ -543,7 +544,7 @@ def test_nor_one_in_another_layout_or_of_another_model(written: Path, tmp_path: 
 
 def test_a_pad_token_may_be_given_to_a_model_without(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path / "padded")
-    source = Source.open(EMBEDDED_MODEL)
+    source = SourceModel.open(EMBEDDED_MODEL)
     config = json.loads((written / "config.json").read_text()) | {"pad_token_id": 7}
     (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
     size = _verify(written)
@@ -639,18 +640,16 @@ def test_an_interrupted_run_of_this_program_is_not_thrown_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library(_copying(written))
-    from llm_quantize.blockwise import loop
+    quantize = BlockWork.quantize
 
-    block = loop._block
-
-    def stop(run: Any, index: int, *rest: Any) -> Any:
-        if index:
+    def stop(work: BlockWork, writer: Any) -> Any:
+        if work._index:
             raise KeyboardInterrupt
-        return block(run, index, *rest)
+        return quantize(work, writer)
 
     words = [*QUICK, "--output_path", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_block", stop)
+        patch.setattr(BlockWork, "quantize", stop)
         assert gptq_quantize.main(words) == 130
     assert gptq_quantize.main(["--backend", "optimum", *words]) == 2
     assert "--backend" in capsys.readouterr().err.splitlines()[-1]
@@ -687,19 +686,19 @@ AT_MOST = {2: 0.4, 3: 0.1, 4: 0.03, 8: 0.001}
 
 def _measured(path: Path) -> float:
     from llm_quantize.calibration.windows import load_windows
-    from llm_quantize.config import EMBEDDED_HELDOUT
     from llm_quantize.evaluation.perplexity import measure
 
-    source = Source.open(EMBEDDED_MODEL)
+    source = SourceModel.open(EMBEDDED_MODEL)
     asked = CalibrationConfig(data=str(EMBEDDED_HELDOUT), samples=8, seq_len=256, seed=1)
-    return measure(source, path, load_windows(asked, source.tokenizer, log=lambda line: None).tokens, CPU).kl
+    windows = load_windows(asked, source.tokenizer, log=lambda line: None)
+    return measure(source, path, windows.tokens, Device(CPU)).kl
 
 
 @pytest.mark.readers
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("method", "name", "words"), REAL, ids=[" ".join(each).strip() for each in REAL])
 def test_library(method: str, name: str, words: str, runs: Runs, tmp_path: Path) -> None:
-    """What the library writes here is of this model, and loses no less than this program's file of the kind."""
+    """The library's file is of this model, and its divergence is more than that of this program's file of that kind."""
     out = tmp_path / "out"
     more = ["--calib_samples", "16", "--calib_seq_len", "64", "--eval_data", "off", "--device", "cpu"]
     assert MAIN[method](["--backend", name, *words.split(), *more, "--output_path", str(out)]) == 0

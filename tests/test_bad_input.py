@@ -1,7 +1,7 @@
-"""What users get wrong, by kind: command lines, configs, models, data, targets. The command itself is run.
+"""Test what users get wrong, by kind: command lines, configs, models, data, targets. The command itself is run.
 
 Each case ends with exit code 2, one line on stderr that says what is wrong and what to do, nothing on stdout, and
-nothing new on disk. Those of `EARLY` are told before anything heavy is imported.
+nothing new on disk. Cases that are `early` are refused before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import MAIN
 from llm_quantize import cli
-from llm_quantize.config import EMBEDDED_CALIBRATION
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
 from reference import write_rtn_checkpoint
 
@@ -35,7 +35,7 @@ QUICK = "--group_size 32 --calib_samples 2 --calib_seq_len 32 --eval_data off --
 
 @dataclass
 class Place:
-    """Where a case does its damage. `{model}` and `{root}` in its command stand for these."""
+    """The directories in which a case does its damage. `{model}` and `{root}` in its command stand for them."""
 
     root: Path
     model: Path
@@ -59,7 +59,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """`words` after the script's name; `said`: words of the line; `damage` is done before."""
+    """One case.
+
+    words: after the script's name. said: words of the error's line. damage: done before the run.
+    """
 
     kind: str
     name: str
@@ -88,7 +91,7 @@ def model(
 
 
 def data(name: str, content: Any, said: str, more: str = "") -> Case:
-    """A calibration file of that name and content, for a model that is sound."""
+    """Make a case of a calibration file with that name and content, and a sound model."""
     words = f"--model_path {{model}} --output_path {{root}}/out {QUICK} --calib_data {{root}}/{name} {more}"
     return Case(
         "data", f"{name} {content!r:.30} {more}", words, said, lambda place: place.file(name, content)
@@ -292,8 +295,10 @@ def test_bad_input(
     assert listing(place.root) == before
 
 
-def test_what_needs_no_model_is_told_before_anything_heavy_is_imported(place: Place, tmp_path: Path) -> None:
-    """All of them in one fresh process: the time of each is that of starting Python."""
+def test_what_needs_no_model_is_refused_before_anything_heavy_is_imported(
+    place: Place, tmp_path: Path
+) -> None:
+    """All of them run in one fresh process, since each start of Python takes time."""
     early, commands = [case for case in CASES if case.early], []
     for number, case in enumerate(early):
         own = Place(tmp_path / str(number), tmp_path / str(number) / "model")

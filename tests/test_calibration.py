@@ -1,4 +1,4 @@
-"""Token windows from local text. Each word is one token, its number the id, so that windows can be read back."""
+"""Test token windows from local text. Each word is one token, and its id tells its number."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from llm_quantize.calibration import text_sources
-from llm_quantize.calibration.text_sources import HubData
+from llm_quantize.calibration.column_tokenizer import as_messages
+from llm_quantize.calibration.hub_datasets import HubData
+from llm_quantize.calibration.sampling import Item, draw, split_text
+from llm_quantize.calibration.saved_datasets import quiet
+from llm_quantize.calibration.table import Table
+from llm_quantize.calibration.text_use import CALIBRATION, EVALUATION, HELD_OUT, TextUse
 from llm_quantize.calibration.windows import (
-    Item,
+    CalibrationConfig,
     Windows,
-    as_messages,
     check_source,
-    draw,
     load_windows,
     longest_window,
-    split_text,
 )
-from llm_quantize.config import CalibrationConfig
 from llm_quantize.errors import InputError
 
 EOS, BOS, UNKNOWN, LINE = 0, 1, 2, 3
@@ -50,7 +51,7 @@ def make_tokenizer(*, bos: bool = False, eos: bool = True, template: str | None 
     vocabulary = {"<eos>": EOS, "<bos>": BOS, "<unk>": UNKNOWN, "\n\n": LINE}
     vocabulary |= {f"w{i}": i + FIRST for i in range(40_000)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    # Words, and the blank line that separates documents where there is no EOS.
+    # Tokens are words, and the blank line that separates documents where there is no EOS.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[ =]+|(?<!\n)\n(?!\n)"), "removed"),
@@ -64,7 +65,7 @@ def make_tokenizer(*, bos: bool = False, eos: bool = True, template: str | None 
     special = {"bos_token": "<bos>"} if bos else {}
     special |= {"eos_token": "<eos>"} if eos else {}
     fast: Any = PreTrainedTokenizerFast
-    # A maximum far below every document: lengths must not matter, nor be warned of.
+    # The maximum is far below every document: it must not matter, nor cause warnings.
     made = fast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=4, **special)
     made.chat_template = template
     return made
@@ -76,14 +77,14 @@ def tokenizer() -> Any:
 
 
 def load(data: object, tokenizer: Any, **options: Any) -> tuple[Windows, list[str]]:
-    """The windows and the warnings."""
+    """Return the windows and the warnings."""
     lines: list[str] = []
     config = CalibrationConfig(**{"data": str(data), "samples": 4, "seq_len": 8, **options})
     return load_windows(config, tokenizer, log=lines.append), lines
 
 
 def numbers(windows: Windows) -> list[int]:
-    """The numbers of all words, in order."""
+    """Return the numbers of all words, in order."""
     return [int(i) - FIRST for i in windows.tokens.flatten() if i >= FIRST]
 
 
@@ -123,7 +124,7 @@ def save_dataset(path: Path, columns: dict[str, list[Any]], *splits: str) -> Pat
     import datasets
 
     data = datasets.Dataset.from_dict(columns)
-    with text_sources.quiet():
+    with quiet():
         (datasets.DatasetDict(dict.fromkeys(splits, data)) if splits else data).save_to_disk(path)
     return path
 
@@ -159,7 +160,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 def test_every_kind_of_file_gives_all_its_text(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     windows, log = load(SOURCES[kind](tmp_path), tokenizer, samples=10)
     whole = "txt" in kind.lower() or kind == "BOM"
-    # 90 words. Rows are documents, each closed by EOS; a text file is one, drawn in three pieces.
+    # 90 words. Each row is a document, closed by EOS; a text file is one document, drawn in three pieces.
     assert windows.tokens_seen == (93 if whole else 120)
     assert windows.documents == (1 if whole else 30)
     assert windows.tokens.shape == (min(10, windows.tokens_seen // 8), 8)
@@ -179,7 +180,7 @@ def test_every_kind_of_file_gives_all_its_text(kind: str, tmp_path: Path, tokeni
         (True, False, "<bos> w0 w1 w2 \n\n w3 w4 w5"),
     ],
 )
-def test_documents_are_joined_and_blank_ones_cost_nothing(
+def test_documents_are_joined_and_blank_ones_are_skipped(
     bos: bool, eos: bool, expected: str, tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer(bos=bos, eos=eos)
@@ -193,22 +194,22 @@ def test_documents_are_joined_and_blank_ones_cost_nothing(
     assert {"".join(text) for text in texts} == {e.replace(" ", "") for e in (expected, other)}
 
 
-def test_every_window_opens_with_bos_where_the_tokenizer_gives_it(tmp_path: Path) -> None:
+def test_every_window_begins_with_bos_if_the_tokenizer_adds_it(tmp_path: Path) -> None:
     data = write_text(tmp_path / "a.txt", words(0, 200))
     tokens = load(data, make_tokenizer(bos=True))[0].tokens
     assert tokens[:, 0].tolist() == [BOS] * 4
     assert BOS not in tokens[:, 1:]
 
 
-def test_a_long_document_is_drawn_from_everywhere_and_nothing_twice(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_long_document_is_sampled_evenly_and_without_repetition(tmp_path: Path, tokenizer: Any) -> None:
     data = write_text(tmp_path / "a.txt", "\n".join(words(i, i + 10) for i in range(0, 30_000, 10)))
     windows, log = load(data, tokenizer, samples=64, seq_len=16)
     drawn = numbers(windows)
     assert len(drawn) == len(set(drawn)) > 64 * 15
     assert log == []
-    # Ten stretches of the text: each gives something.
+    # Each tenth of the text gives some words.
     assert {n // 3000 for n in drawn} == set(range(10))
-    # Most of a window is text as it was written.
+    # Most words of a window follow the word before them, as in the text.
     follows = sum(b - a == 1 for a, b in itertools.pairwise(drawn))
     assert follows > 0.9 * len(drawn)
 
@@ -226,7 +227,7 @@ def test_lines_of_articles_are_joined(tmp_path: Path, tokenizer: Any) -> None:
     windows, _ = load(write_parquet(tmp_path / "a.parquet", {"text": rows}), tokenizer, samples=2, seq_len=40)
     assert windows.documents == 2
     kept = [token for token in windows.tokens.flatten().tolist() if token != LINE]
-    # Two articles of 40 words, in one order or the other; the last words are cut off.
+    # Two articles of 40 words, in either order; the last words are cut off.
     first, second = range(FIRST, FIRST + 40), range(FIRST + 40, FIRST + 80)
     assert len(kept) > 70
     assert kept in ([*a, EOS, *b][: len(kept)] for a, b in ((first, second), (second, first)))
@@ -243,12 +244,12 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
             write_parquet(tmp_path / f"{index}.parquet", {"id": [1, 2], column: [conversation] * 2}),
         ):
             windows, _ = load(data, tokenizer, samples=2, seq_len=6)
-            # The template closes a conversation with EOS itself: no second one follows.
+            # The template ends a conversation with EOS itself: no second EOS follows.
             assert windows.tokens.tolist() == [expected] * 2
             assert f"column {column}" in windows.source
 
 
-def test_conversations_that_the_template_refuses_are_told_of(tmp_path: Path) -> None:
+def test_conversations_that_the_template_refuses_are_reported(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(template=TEMPLATE)
     good = [{"role": "user", "content": words(0, 20)}]
     bad = [{"role": "tool", "content": "w1"}]
@@ -261,7 +262,7 @@ def test_conversations_that_the_template_refuses_are_told_of(tmp_path: Path) -> 
         load(write_lines(tmp_path / "bad.jsonl", [{"messages": bad}]), tokenizer)
 
 
-def test_fewer_windows_than_asked_for_are_warned_of(tmp_path: Path, tokenizer: Any) -> None:
+def test_fewer_windows_than_asked_for_give_a_warning(tmp_path: Path, tokenizer: Any) -> None:
     windows, log = load(write_text(tmp_path / "a.txt", words(0, 20)), tokenizer, samples=100)
     assert windows.tokens.shape == (2, 8)
     assert windows.requested == 100
@@ -272,7 +273,7 @@ def test_fewer_windows_than_asked_for_are_warned_of(tmp_path: Path, tokenizer: A
 
 
 def test_tokens_of_any_length_fill_the_windows(tmp_path: Path, tokenizer: Any) -> None:
-    # A hundred characters a token, so that the text first drawn holds too few.
+    # A token has a hundred characters, so that the first pool holds too few tokens.
     data = write_lines(
         tmp_path / "a.jsonl", [{"text": f"w{i}{' ' * 97} w{i + 1}"} for i in range(0, 2000, 2)]
     )
@@ -300,7 +301,7 @@ def raw(path: Path, data: bytes) -> Path:
     return path
 
 
-# What is wrong, and words of the line that tells it.
+# How to make the wrong input, options, and a pattern of the message.
 REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "missing file": (lambda d: d / "none.txt", {}, "no such file or directory: .*none.txt"),
     "missing relative file": (lambda d: "none.jsonl.gz", {}, "no such file or directory: none.jsonl.gz"),
@@ -366,6 +367,64 @@ def test_refusals_are_one_line(case: str, tmp_path: Path, tokenizer: Any) -> Non
 
 
 @pytest.mark.parametrize(
+    ("use", "noun", "too_little", "flags"),
+    [
+        (CALIBRATION, "calibration", "too little text to calibrate on", "--calib_"),
+        (HELD_OUT, "held-out text", "too little held-out text", "--calib_"),
+        (EVALUATION, "held-out text", "too little held-out text", "--"),
+    ],
+    ids=["calibration", "held-out text", "evaluate.py"],
+)
+def test_messages_use_the_words_of_the_command(
+    use: TextUse, noun: str, too_little: str, flags: str, tmp_path: Path
+) -> None:
+    def refused(data: Path, tokenizer: Any, **options: Any) -> str:
+        config = CalibrationConfig(**{"data": str(data), "samples": 4, "seq_len": 8, **options})
+        with pytest.raises(InputError) as refusal:
+            load_windows(config, tokenizer, log=lines.append, use=use)
+        return str(refusal.value)
+
+    lines: list[str] = []
+    plain, chat = make_tokenizer(), make_tokenizer(template=TEMPLATE)
+    # A path with the words of another use: messages must not change it.
+    folder = tmp_path / "calibration: --calib_"
+    folder.mkdir()
+    text = write_text(folder / "a.txt", words(0, 20))
+    turns = [{"role": "user", "content": words(0, 20)}]
+    talk = write_lines(folder / "a.jsonl", [{"messages": turns}, {"messages": [{"role": "tool"}]}])
+    two_columns = write_parquet(folder / "a.parquet", {"x": [1], "y": [2]})
+
+    assert refused(text, plain, samples=0) == f"{flags}samples 0: at least 1 is needed"
+    assert refused(text, plain, seq_len=1) == f"{flags}seq_len 1: at least 2 is needed"
+    assert refused(text, plain, seq_len=30) == (
+        f"{too_little}: {text} gives 21 tokens and one window needs 30: "
+        f"take a smaller {flags}seq_len or more text"
+    )
+    for options in ({"column": "text"}, {}):
+        assert refused(two_columns, plain, **options) == (
+            f"no column 'text': {two_columns} has x, y: choose with {flags}column"
+        )
+    assert refused(two_columns, plain, column="x") == (
+        f"{two_columns}, column x holds int values, neither text nor conversations: "
+        f"choose another with {flags}column"
+    )
+    assert refused(talk, plain).endswith(f"no chat template: choose a text column with {flags}column")
+    with (
+        pytest.raises(InputError, match=rf"\. Without the hub, {flags}data takes a local \.txt"),
+        text_sources.reading(HubData("org/text"), use),
+    ):
+        raise ConnectionError
+    assert lines == []
+    tell = lines.append
+    load_windows(CalibrationConfig(data=str(text), samples=9, seq_len=8), plain, log=tell, use=use)
+    load_windows(CalibrationConfig(data=str(talk), samples=1, seq_len=8), chat, log=tell, use=use)
+    assert lines == [
+        f"{noun}: {text} has only 21 tokens: 2 windows of 8 instead of the 9 asked for",
+        f"{noun}: the chat template refuses 1 conversations: no tool",
+    ]
+
+
+@pytest.mark.parametrize(
     ("data", "expected"),
     [
         ("wikitext", HubData("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
@@ -381,16 +440,16 @@ def test_refusals_are_one_line(case: str, tmp_path: Path, tokenizer: Any) -> Non
 )
 def test_names_and_ids(data: str, expected: HubData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "wikitext").mkdir()  # a directory of that name does not stand in the way
+    (tmp_path / "wikitext").mkdir()  # a directory of that name is ignored
     check_source(CalibrationConfig(data=data))
     assert text_sources.locate(data) == expected
 
 
-def test_checking_loads_nothing_heavy() -> None:
+def test_checking_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
-        "from llm_quantize.calibration.windows import check_source\n"
-        "from llm_quantize.config import CalibrationConfig\n"
+        "import llm_quantize.config\n"
+        "from llm_quantize.calibration.windows import CalibrationConfig, check_source\n"
         "check_source(CalibrationConfig(data='org/name'))\n"
         "print({'torch', 'datasets', 'transformers', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
     )
@@ -401,7 +460,7 @@ def test_checking_loads_nothing_heavy() -> None:
     assert done.stdout == "set()\n"
 
 
-def test_drawing_keeps_the_budget_and_favours_no_place() -> None:
+def test_drawing_keeps_the_budget_and_is_uniform() -> None:
     middles = []
     for seed in range(20):
         drawn = draw((Item(i, 10, "x" * 10) for i in range(2000)), 1000, seed)
@@ -430,12 +489,12 @@ def test_a_stream_is_read_no_further_than_needed(
             read += 1
             yield words(read % 1000 * 30, read % 1000 * 30 + 30)
 
-    table = text_sources.Table("endless", ("text",), rows, streamed=True)
-    monkeypatch.setattr(text_sources, "open_table", lambda source, seed: table)
+    table = Table("endless", ("text",), rows, streamed=True)
+    monkeypatch.setattr(text_sources, "open_table", lambda source, **options: table)
     windows, log = load("org/endless", tokenizer, samples=16, seq_len=32)
     assert windows.tokens.shape == (16, 32)
     assert log == []
-    # More than the 18 rows that 16 windows hold, so that there is something to draw from.
+    # The pool must hold more than the 18 rows that 16 windows need.
     assert 25 < read < 200
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: damage is found, a failed write is told and not listed, and a later run goes on."""
+"""Test checkpoint files: damage is found, a failed write is reported and not listed, and a later run resumes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_quantize.checkpoint.verification import verify_written
 from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.errors import WorkError
-from llm_quantize.formats.packing import pack
+from llm_quantize.formats import FORMATS
 from llm_quantize.io import safetensors_files
 from llm_quantize.io.atomic_directory import AtomicDirectory
-from llm_quantize.io.safetensors_files import Planned
+from llm_quantize.io.safetensors_files import PlannedTensor
 from llm_quantize.solver.qparams import QParams
+from llm_quantize.types import QuantScheme
 from reference import read_layers, read_tensors
 
 CONFIG: dict[str, Any] = {
     "model_type": "tiny",
     "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"},
 }
+SCHEME = QuantScheme(bits=4, group_size=16, symmetric=False)
 LAYERS = ("blocks.0.up", "blocks.0.down", "blocks.1.up")
 
 
@@ -40,32 +43,32 @@ def layer(seed: int) -> tuple[torch.Tensor, QParams]:
 
 
 def tensors(*, spoil: str = "") -> dict[str, torch.Tensor]:
-    """Three packed layers, a half-precision norm, an embedding in bfloat16, a scalar; `spoil` gets a NaN."""
+    """Make three packed layers, a float16 norm, a bfloat16 embedding and a scalar; the tensor `spoil` gets a NaN."""
     found = {"embed.weight": torch.arange(512).reshape(32, 16).to(torch.bfloat16)}
     for seed, name in enumerate(LAYERS):
-        q, grid = layer(seed)
-        for suffix, tensor in pack("awq", q, grid, 16, 4, symmetric=False).items():
+        q, qparams = layer(seed)
+        for suffix, tensor in FORMATS["awq"].pack(q, qparams, SCHEME, torch.float16).items():
             if f"{name}.{suffix}" == spoil:
                 tensor[0, 3] = float("nan")
             found[f"{name}.{suffix}"] = tensor
     return found | {"norm.weight": torch.ones(16, dtype=torch.float16), "step": torch.tensor(3)}
 
 
-def planned(found: dict[str, torch.Tensor]) -> list[Planned]:
-    return [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()]
+def planned(found: dict[str, torch.Tensor]) -> list[PlannedTensor]:
+    return [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()]
 
 
 FIRST = {"run": {"--bits": 4}}
 
 
 def fill(writer: CheckpointWriter, found: dict[str, torch.Tensor], after: int = 0) -> None:
-    """A step for each layer and one for the rest; the first `after` are there already."""
+    """Commit a step for each layer and one for the rest; the first `after` are there already."""
     for number, name in enumerate(LAYERS):
         if number >= after:
             for suffix in ("qweight", "qzeros", "scales"):
                 writer.add(f"{name}.{suffix}", found[f"{name}.{suffix}"])
-            q, grid = layer(number)
-            writer.remember(name, q, grid.scale, grid.zero)
+            q, qparams = layer(number)
+            writer.remember(name, (q, qparams.scale, qparams.zero))
             writer.commit({"number": number})
     for name in ("embed.weight", "norm.weight", "step"):
         writer.add(name, found[name])
@@ -81,7 +84,7 @@ def write(
     side_files: list[Path] | None = None,
     before_end: Callable[[CheckpointWriter], object] = lambda writer: None,
 ) -> CheckpointWriter:
-    """Writes and publishes; a step that an earlier run did is not done again."""
+    """Write, verify and publish; a step that an earlier run did is not done again."""
     found = tensors(spoil=spoil)
     with AtomicDirectory(target, overwrite=overwrite) as output_dir:
         with CheckpointWriter(output_dir, planned(found), FIRST, shard_bytes=shard_bytes) as writer:
@@ -91,10 +94,14 @@ def write(
                 fill(writer, found, len(writer.steps))
             writer.wait()
             before_end(writer)
-            writer.complete("awq", 4, 16)
+            verify(writer)
         output_dir.write_json("extra.json", {"a": "é"})
         output_dir.publish()
     return writer
+
+
+def verify(writer: CheckpointWriter) -> None:
+    verify_written(writer, FORMATS["awq"], CONFIG["quantization_config"])
 
 
 def names(folder: Path) -> set[str]:
@@ -112,10 +119,10 @@ def check_content(target: Path) -> None:
     layers, rest = read_layers(target)
     assert set(layers) == set(LAYERS)
     for seed, name in enumerate(LAYERS):
-        q, grid = layer(seed)
+        q, qparams = layer(seed)
         np.testing.assert_array_equal(layers[name].q, q.numpy())
-        np.testing.assert_array_equal(layers[name].scales, grid.scale.numpy())
-        np.testing.assert_array_equal(layers[name].zeros, grid.zero.numpy())
+        np.testing.assert_array_equal(layers[name].scales, qparams.scale.numpy())
+        np.testing.assert_array_equal(layers[name].zeros, qparams.zero.numpy())
     assert set(rest) == {"embed.weight", "norm.weight", "step"}
     assert rest["step"] == 3
     _, dtypes = read_tensors(target)
@@ -170,14 +177,14 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
 def test_tensors_are_copied_when_added(tmp_path: Path) -> None:
     tensor = torch.zeros(4, 6)
     with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
-        plan = [Planned("a", torch.float32, (6, 4)), Planned("b", torch.float32, (4, 6))]
+        plan = [PlannedTensor("a", torch.float32, (6, 4)), PlannedTensor("b", torch.float32, (4, 6))]
         with CheckpointWriter(output_dir, plan, FIRST) as writer:
             writer.add("a", tensor.T)  # not contiguous
             writer.add("b", tensor)  # the same memory
             tensor.fill_(7)
             with pytest.raises(ValueError, match="a is there already"):
                 writer.add("a", tensor.T)
-            writer.complete("awq", 4, 16)
+            verify(writer)
         output_dir.publish()
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found["a"].shape == (6, 4)
@@ -199,7 +206,7 @@ def test_only_what_was_planned(tmp_path: Path) -> None:
                 writer.add(name, tensor)
         writer.add("step", torch.tensor(3))
         with pytest.raises(WorkError, match="was never written"):
-            writer.complete("awq", 4, 16)
+            verify(writer)
     with (
         AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir,
         pytest.raises(WorkError, match="no tensors"),
@@ -221,7 +228,7 @@ def flip(path: Path, tensor: str, bit: int = 0) -> None:
 
 
 def damaging(damage: Callable[[Path], object]) -> Callable[[CheckpointWriter], None]:
-    """`damage(path)` for every shard."""
+    """Make a function that calls `damage` with the path of every shard."""
 
     def spoil(writer: CheckpointWriter) -> None:
         for path in writer.directory.glob("*.safetensors"):
@@ -233,7 +240,7 @@ def damaging(damage: Callable[[Path], object]) -> Callable[[CheckpointWriter], N
 @pytest.mark.parametrize("shard_bytes", [2000, 1 << 30])
 @pytest.mark.parametrize("tensor", ["blocks.0.down.qweight", "blocks.1.up.scales", "embed.weight", "step"])
 def test_flipped_bit_is_found(tmp_path: Path, tensor: str, shard_bytes: int) -> None:
-    """Nothing is published, and the same command does what was damaged again."""
+    """Nothing is published, and the same command does the damaged step again."""
     with pytest.raises(WorkError, match=rf"^{tensor} in \S+ differs from what was written") as caught:
         write(tmp_path / "out", shard_bytes=shard_bytes, before_end=damaging(lambda path: flip(path, tensor)))
     assert "\n" not in str(caught.value)
@@ -285,21 +292,23 @@ def test_nan_scale_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["integers", "scales", "zero points"])
 def test_wrong_packing_is_found(tmp_path: Path, what: str) -> None:
-    q, grid = layer(0)
-    parts = {"integers": q, "scales": grid.scale, "zero points": grid.zero}
+    q, qparams = layer(0)
+    parts = {"integers": q, "scales": qparams.scale, "zero points": qparams.zero}
     parts[what] = parts[what].clone()
     parts[what][5, 1] = 15 - parts[what][5, 1]
     with pytest.raises(WorkError, match=rf"blocks.0.up: the {what} in the files are not those"):
-        write(tmp_path / "out", before_end=lambda writer: writer.remember("blocks.0.up", *parts.values()))
+        write(
+            tmp_path / "out", before_end=lambda writer: writer.remember("blocks.0.up", list(parts.values()))
+        )
     assert names(tmp_path) == {".out.partial"}
 
 
 def test_remembered_layer_without_tensors_is_found(tmp_path: Path) -> None:
-    q, grid = layer(0)
+    q, qparams = layer(0)
     with pytest.raises(WorkError, match=r"blocks\.7\.up cannot be unpacked"):
         write(
             tmp_path / "out",
-            before_end=lambda writer: writer.remember("blocks.7.up", q, grid.scale, grid.zero),
+            before_end=lambda writer: writer.remember("blocks.7.up", (q, qparams.scale, qparams.zero)),
         )
 
 
@@ -353,7 +362,7 @@ def test_full_disk_for_the_last_files(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a write that failed nothing is listed any more, not even what was written well."""
+    """After a failed write nothing is listed any more, not even tensors that were written well."""
     real, count = safetensors_files.write_at, [0]
 
     def failing(*arguments: Any) -> None:
@@ -371,7 +380,7 @@ def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     check_content(tmp_path / "out")
 
 
-# --- going on ---------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------
 
 
 def stop(_: object) -> None:
@@ -379,7 +388,7 @@ def stop(_: object) -> None:
 
 
 @pytest.mark.parametrize("shard_bytes", [2000, 1 << 30])
-def test_steps_that_are_done_are_not_done_again(tmp_path: Path, shard_bytes: int) -> None:
+def test_steps_that_are_done_are_not_repeated(tmp_path: Path, shard_bytes: int) -> None:
     write(tmp_path / "whole", shard_bytes=shard_bytes)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "new" / "out", shard_bytes=shard_bytes, before_end=stop)
@@ -390,7 +399,7 @@ def test_steps_that_are_done_are_not_done_again(tmp_path: Path, shard_bytes: int
     assert names(tmp_path / "new") == {"out"}
 
 
-def test_another_run_begins_anew(tmp_path: Path) -> None:
+def test_another_run_starts_over(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", before_end=stop)
     with (
@@ -402,7 +411,7 @@ def test_another_run_begins_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["header", "index", "shorter", "journal"])
-def test_files_that_do_not_fit_begin_anew(tmp_path: Path, change: str) -> None:
+def test_files_that_do_not_fit_are_started_over(tmp_path: Path, change: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", shard_bytes=2000, before_end=stop)
     place = tmp_path / ".out.partial"

@@ -1,4 +1,4 @@
-"""The command line: refusals, help, exit codes, what reaches the pipeline, and what is shown."""
+"""Test the command line: refusals, help, exit codes, what reaches the pipeline, and what is shown."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 
 import llm_quantize
-from llm_quantize import cli
-from llm_quantize import config as config_module
-from llm_quantize.config import CalibrationConfig, Method, QuantizeConfig, default_calibration
+from llm_quantize import cli, options
+from llm_quantize.calibration.windows import CalibrationConfig
+from llm_quantize.config import QuantizeConfig, default_calibration
 from llm_quantize.console import Console, duration
 from llm_quantize.errors import InputError, WorkError, one_line
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION
+from llm_quantize.types import Method
 from option_help import help_defaults
 
 SCRIPTS = Path(cli.__file__).parents[1]
@@ -102,12 +104,12 @@ WRONG: list[tuple[Method, str, str, str]] = [
 
 @dataclasses.dataclass
 class Result:
-    """What the pipeline answers."""
+    """What the pipeline returns."""
 
     output: Path = Path("quantized/tiny-awq-4bit")
     method: str = "awq"
     bits: int = 4
-    layout: str = "awq"
+    format: str = "awq"
     rows: list[tuple[str, str]] = dataclasses.field(default_factory=lambda: [("size", "3 MB -> 1 MB")])
     sample: str | None = "once upon\na time"
     serve_line: str = "./run_vllm.sh quantized/tiny-awq-4bit --quantization awq"
@@ -118,7 +120,7 @@ Quantize = Callable[[QuantizeConfig, Console], Result]
 
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> Callable[[Quantize], None]:
-    """Puts a function in the place of `pipeline.quantize`."""
+    """Put a function in the place of `pipeline.quantize`."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
     def put(quantize: Quantize) -> None:
@@ -131,7 +133,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Callable[[Quantize], None]:
 
 
 def front_door(method: Method, argv: list[str]) -> int:
-    """The exit code of the script's `main`, by return or by SystemExit."""
+    """Return the exit code of the script's `main`, returned or raised as SystemExit."""
     try:
         code = importlib.import_module(f"{method}_quantize").main(argv)
     except SystemExit as leaving:
@@ -187,11 +189,11 @@ def test_output_and_model_must_not_overlap(
 def test_no_arguments_give_the_defaults(method: Method) -> None:
     config = cli.parse(method, [])
     assert config == QuantizeConfig(method=method, calibration=default_calibration(method, embedded=True))
-    assert config.calibration.data == str(config_module.EMBEDDED_CALIBRATION)
+    assert config.calibration.data == str(EMBEDDED_CALIBRATION)
     assert config.target == Path(f"quantized/tiny-{method}-4bit")
     assert config.may_replace
     assert config.symmetric == (method == "gptq")
-    assert config.file_layout == method
+    assert config.checkpoint_format.name == method
 
 
 @pytest.mark.parametrize(("method", "samples", "length"), [("awq", 512, 512), ("gptq", 1024, 2048)])
@@ -220,9 +222,9 @@ def test_every_argument_arrives() -> None:
         group_size=-1,
         desc_act=True,
         act_order_groups="static",
-        damp_percent=0.05,
-        sym=False,
-        layout="compressed-tensors",
+        damping=0.05,
+        symmetric=False,
+        format="compressed-tensors",
         quality="best",
         device="cuda:1",
         max_memory=5.5,
@@ -245,12 +247,14 @@ def test_true(text: str | None) -> None:
 
 @pytest.mark.parametrize("text", ["false", "False", "FALSE", "0", "no", "No"])
 def test_false(text: str) -> None:
-    assert cli.parse("awq", [f"--zero-point={text}"]).zero_point is False
-    assert cli.parse("gptq", ["--sym", text, "--desc_act", text]).sym is False
+    assert cli.parse("awq", [f"--zero-point={text}"]).symmetric is True
+    config = cli.parse("gptq", ["--sym", text, "--desc_act", text])
+    assert config.symmetric is False
+    assert config.desc_act is False
 
 
 @pytest.mark.parametrize(
-    ("method", "line", "layout"),
+    ("method", "line", "expected"),
     [
         ("awq", "", "awq"),
         ("awq", "--zero_point false", "awq"),
@@ -266,8 +270,8 @@ def test_false(text: str) -> None:
         ("gptq", "--format compressed-tensors", "compressed-tensors"),
     ],
 )
-def test_layout(method: Method, line: str, layout: str) -> None:
-    assert cli.parse(method, line.split()).file_layout == layout
+def test_format(method: Method, line: str, expected: str) -> None:
+    assert cli.parse(method, line.split()).checkpoint_format.name == expected
 
 
 @pytest.mark.parametrize(
@@ -302,16 +306,17 @@ def test_what_vllm_refuses_is_said(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_help_tells_every_option_and_its_default(method: Method) -> None:
+def test_help_says_every_option_and_its_default(method: Method) -> None:
     config = QuantizeConfig(method=method, calibration=default_calibration(method, embedded=False))
-    other = {"awq": {"desc_act", "act_order_groups", "damp_percent", "sym"}, "gptq": {"zero_point"}}[method]
-    names = {f.name for f in dataclasses.fields(config)} - {"method", "calibration", "layout"} - other
-    values = {name: getattr(config, name) for name in names} | {"format": config.layout}
+    other = {"desc_act", "act_order_groups", "damping"} if method == "awq" else set()
+    names = {f.name for f in dataclasses.fields(config)} - {"method", "calibration", "symmetric"} - other
+    values = {"damp_percent" if name == "damping" else name: getattr(config, name) for name in names}
+    values |= {"zero_point": not config.symmetric} if method == "awq" else {"sym": config.symmetric}
     calibration = config.calibration
     values |= {f"calib_{n}": getattr(calibration, n) for n in ("data", "samples", "seq_len", "column")}
     values |= {"seed": calibration.seed, "model_path": "the embedded model"}
     values["output_path"] = f"./quantized/<model name>-{method}-<bits>bit"
-    assert help_defaults(method) == {name: cli.shown(value) for name, value in values.items()}
+    assert help_defaults(method) == {name: options.shown(value) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -341,7 +346,7 @@ def test_help_is_quick_and_light(method: Method) -> None:
 
 
 class OutOfMemoryError(RuntimeError):
-    """Looks like torch's, which the command tells by its name."""
+    """Look like torch's, which the command recognizes by its name."""
 
 
 OutOfMemoryError.__module__ = "torch"
@@ -430,7 +435,7 @@ def test_a_good_run(pipeline: Callable[[Quantize], None], capsys: pytest.Capture
 
 
 def drawn(terminal: bool, *, quiet: bool = False) -> tuple[str, str]:
-    """What two blocks with a warning between them, and a summary, print."""
+    """Return what two blocks with a warning between them, and a summary, print on stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     console = Console(quiet, stdout=out, stderr=err, terminal=terminal)
     with console.blocks(2) as blocks:
@@ -509,7 +514,7 @@ def test_allocator_is_set_where_the_user_did_not(
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr("importlib.metadata.version", lambda _: version)
     with warnings.catch_warnings():
-        cli._set_environment()
+        cli.set_environment()
     settings = {key: value for key, value in environment.items() if key in cli.ALLOCATOR}
     if own is None:
         assert list(settings) == [name]

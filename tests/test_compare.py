@@ -1,4 +1,4 @@
-"""`benchmarks/compare.py`, small and on the CPU: it stays runnable, and its table says what was measured."""
+"""Test `benchmarks/compare.py`, small and on the CPU: it runs, and its table says what was measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = ["--samples", "4", "--seq_len", "64", "--eval_samples", "1", "--device",
 
 
 def compare(tmp_path: Path, *words: str) -> tuple[str, list[dict[str, Any]]]:
-    """Its table and its rows."""
+    """Run the script; return its table and its rows."""
     command = [sys.executable, str(SCRIPT), *SMALL, *words, "--json", str(tmp_path / "rows.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -44,7 +44,7 @@ def test_this_program_alone(tmp_path: Path) -> None:
 @pytest.mark.readers
 @pytest.mark.timeout(1800)
 def test_beside_llm_compressor(tmp_path: Path) -> None:
-    """The one whose adapter is here alone; the others are run in test_backends.py."""
+    """Only the benchmark has an adapter of it; test_backends.py runs the other libraries."""
     _, rows = compare(tmp_path, "--only", "native", "llm-compressor")
     found = {(row["method"], row["entry"]): row for row in rows}
     assert len(found) == 4
@@ -54,7 +54,7 @@ def test_beside_llm_compressor(tmp_path: Path) -> None:
 
 
 def test_the_libraries_own_imports_find_nothing_of_the_benchmarks(tmp_path: Path) -> None:
-    """Whatever stands beside llm-compressor's script: transformers asks for packages by name, `kernels` among them."""
+    """transformers asks for packages by name, such as `kernels`: no script of the benchmarks may be found instead."""
     package = tmp_path / "llmcompressor"
     package.mkdir()
     (package / "__init__.py").write_text("""

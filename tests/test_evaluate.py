@@ -1,4 +1,4 @@
-"""The unpacker against the independent one, streamed numbers against plain forward passes, the command."""
+"""Test the reader against the independent one, streamed numbers against plain forward passes, and the command."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from transformers import (
     Qwen2Config,
 )
 
-from llm_quantize.checkpoint.reader import dequantized
-from llm_quantize.config import EMBEDDED_HELDOUT, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from llm_quantize.calibration.windows import CalibrationConfig
+from llm_quantize.checkpoint.reader import QuantizedStore, open_quantized
+from llm_quantize.device import Device
 from llm_quantize.errors import InputError, WorkError
 from llm_quantize.evaluation import perplexity
-from llm_quantize.evaluation.perplexity import (
-    Measured,
-    QuantizedSource,
-    heldout_windows,
-    main,
-    measure,
-    sample,
-)
-from llm_quantize.model import block_forward
-from llm_quantize.model.source import HEAD_NAMES, Source
-from models import FAMILIES
+from llm_quantize.evaluation.command import main
+from llm_quantize.evaluation.heldout import heldout_windows
+from llm_quantize.evaluation.perplexity import Measured, measure
+from llm_quantize.evaluation.sample import sample
+from llm_quantize.io.embedded_files import EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.model.model_forward import output_head
+from llm_quantize.model.names import HEAD_NAMES
+from llm_quantize.model.source import SourceModel
+from models import CPU, FAMILIES
 from models import write as write_model
 from reference import dequantize_directory, plain_model, write_rtn_checkpoint
 
-CPU = torch.device("cpu")
+DEVICE = Device(CPU)
 VOCABULARY = 300
-LAYOUTS = [
+FORMATS = [  # name, bits, group size, symmetric, activation order
     ("awq", 4, 32, False, False),
     ("awq", 4, -1, True, False),
     *(
@@ -87,7 +86,7 @@ def gpt_neox() -> PretrainedConfig:
 
 
 def make(directory: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model with the embedded model's tokenizer."""
+    """Write a random model with the embedded model's tokenizer; return its directory."""
     torch.manual_seed(0)
     build: Any = AutoModelForCausalLM.from_config
     model = build(config, dtype=dtype)
@@ -107,7 +106,7 @@ def tokens(windows: int = 5, length: int = 24) -> torch.Tensor:
 
 
 def plain(source: Path, quantized: Path, ids: torch.Tensor) -> Measured:
-    """The same numbers with both models whole in memory, in float64 from the logits on."""
+    """Measure the same with both models whole in memory, in float64 from the logits on."""
     # Loaded by transformers itself, which renames some tensors on the way.
     with tempfile.TemporaryDirectory() as name:
         weights = {k: torch.from_numpy(v).contiguous() for k, v in dequantize_directory(quantized).items()}
@@ -158,37 +157,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- unpacking
 
 
-@pytest.mark.parametrize(("layout", "bits", "group_size", "sym", "act_order"), LAYOUTS)
-def test_unpacking(
-    model: Path, tmp_path: Path, layout: str, bits: int, group_size: int, sym: bool, act_order: bool
+@pytest.mark.parametrize(("name", "bits", "group_size", "symmetric", "act_order"), FORMATS)
+def test_reading(
+    model: Path, tmp_path: Path, name: str, bits: int, group_size: int, symmetric: bool, act_order: bool
 ) -> None:
     out = tmp_path / "out"
-    write_rtn_checkpoint(model, out, layout, bits, group_size, sym, act_order=act_order, shards=2)
-    saved = dequantized(out)
+    write_rtn_checkpoint(model, out, name, bits, group_size, symmetric, act_order=act_order, shards=2)
+    saved = QuantizedStore(out)
     expected = dequantize_directory(out)
     assert set(saved.files) == set(expected)
     assert len(saved.linears) == 21
-    for name, array in expected.items():
-        found = saved.read(name)
-        assert np.array_equal(found.float().numpy(), array), name
-        if name.removesuffix(".weight") in saved.linears:
+    for tensor, array in expected.items():
+        found = saved.read(tensor)
+        assert saved.dtype(tensor) == found.dtype
+        assert np.array_equal(found.float().numpy(), array), tensor
+        if tensor.removesuffix(".weight") in saved.linears:
             assert found.dtype == torch.float32
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
-def test_unpacking_in_slices(
-    model: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_rtn_checkpoint(model, tmp_path / "out", layout, 4, 32, False)
-    monkeypatch.setattr("llm_quantize.checkpoint.reader._AT_ONCE", 700)  # a few rows, and not a divisor
-    saved = dequantized(tmp_path / "out")
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors"])
+def test_reading_in_slices(model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rtn_checkpoint(model, tmp_path / "out", name, 4, 32, False)
+    for module in ("formats.bit_streams", "checkpoint.reader"):  # a few rows, and not a divisor
+        monkeypatch.setattr(f"llm_quantize.{module}.UNPACKED_TOGETHER", 700)
+    saved = QuantizedStore(tmp_path / "out")
     expected = dequantize_directory(tmp_path / "out")
     for linear in saved.linears:
         assert np.array_equal(saved.read(f"{linear}.weight").numpy(), expected[f"{linear}.weight"])
 
 
 def test_padded_words_of_old_compressed_tensors(model: Path, tmp_path: Path) -> None:
-    """Before 0.18 a word held ten 3-bit values and two idle bits; zero points alike."""
+    """Before 0.18 a word held ten 3-bit values and two idle bits, of zero points, too."""
     out = tmp_path / "out"
     write_rtn_checkpoint(model, out, "compressed-tensors", 3, 32, False)
     name = "model.layers.1.mlp.down_proj"
@@ -209,17 +208,17 @@ def test_padded_words_of_old_compressed_tensors(model: Path, tmp_path: Path) -> 
     change(out, edit)
     scale = load_file(out / "model.safetensors")[f"{name}.weight_scale"].double().numpy()
     expected = (q - np.repeat(z, 32, axis=1)) * np.repeat(scale, 32, axis=1)
-    np.testing.assert_allclose(dequantized(out).read(f"{name}.weight").numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(QuantizedStore(out).read(f"{name}.weight").numpy(), expected, rtol=1e-6)
 
 
 def test_gptq_v2_zero_points(model: Path, tmp_path: Path) -> None:
-    """v2 stores zero points as they are: the same words mean weights that are one scale higher."""
+    """Version 2 stores zero points as they are: the same words stand for weights that are one scale higher."""
     out, name = tmp_path / "out", "model.layers.0.mlp.up_proj"
     write_rtn_checkpoint(model, out, "gptq", 4, 32, True)
-    before = dequantized(out).read(f"{name}.weight")
+    before = QuantizedStore(out).read(f"{name}.weight")
     settings(out, checkpoint_format="gptq_v2")
     scales = load_file(out / "model.safetensors")[f"{name}.scales"].float().T
-    difference = dequantized(out).read(f"{name}.weight") - before
+    difference = QuantizedStore(out).read(f"{name}.weight") - before
     torch.testing.assert_close(difference, scales.repeat_interleave(32, dim=1))
 
 
@@ -228,11 +227,11 @@ def test_g_idx_that_readers_ignore_is_refused(model: Path, tmp_path: Path) -> No
     write_rtn_checkpoint(model, out, "gptq", 4, 32, True, act_order=True)
     settings(out, desc_act=False)
     with pytest.raises(WorkError, match="g_idx is not trivial"):
-        dequantized(out).read("model.layers.0.mlp.up_proj.weight")
+        QuantizedStore(out).read("model.layers.0.mlp.up_proj.weight")
 
 
 @pytest.mark.parametrize(
-    ("layout", "suffix", "replacement", "message"),
+    ("format_name", "suffix", "replacement", "message"),
     [
         ("awq", "scales", lambda t: t[:, :-8].contiguous(), "scales"),
         ("awq", "qzeros", None, "no tensor qzeros"),
@@ -243,10 +242,10 @@ def test_g_idx_that_readers_ignore_is_refused(model: Path, tmp_path: Path) -> No
     ],
 )
 def test_damage_is_named(
-    model: Path, tmp_path: Path, layout: str, suffix: str, replacement: Any, message: str
+    model: Path, tmp_path: Path, format_name: str, suffix: str, replacement: Any, message: str
 ) -> None:
     out, name = tmp_path / "out", "model.layers.0.mlp.up_proj"
-    write_rtn_checkpoint(model, out, layout, 4, 32, False)
+    write_rtn_checkpoint(model, out, format_name, 4, 32, False)
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensor = tensors.pop(f"{name}.{suffix}")
@@ -255,7 +254,7 @@ def test_damage_is_named(
 
     change(out, edit)
     with pytest.raises(WorkError, match=message) as caught:
-        dequantized(out).read(f"{name}.weight")
+        QuantizedStore(out).read(f"{name}.weight")
     assert name in str(caught.value)
 
 
@@ -268,18 +267,18 @@ def test_damage_is_named(
         ({"quant_method": "compressed-tensors", "format": "dense"}, "pack-quantized"),
     ],
 )
-def test_unknown_layouts_are_refused(model: Path, tmp_path: Path, values: Any, message: str) -> None:
+def test_unknown_formats_are_refused(model: Path, tmp_path: Path, values: Any, message: str) -> None:
     write_rtn_checkpoint(model, tmp_path / "out", "gptq", 4, 32, True)
     settings(tmp_path / "out", **values)
     with pytest.raises(InputError, match=message):
-        dequantized(tmp_path / "out")
+        QuantizedStore(tmp_path / "out")
 
 
 # -- measuring
 
 
 @pytest.mark.parametrize(
-    ("config", "layout", "bits"),
+    ("config", "format_name", "bits"),
     [
         (qwen2(), "gptq", 3),
         (qwen2(tied=True), "awq", 4),
@@ -288,11 +287,11 @@ def test_unknown_layouts_are_refused(model: Path, tmp_path: Path, values: Any, m
     ],
     ids=["qwen2", "qwen2-tied", "gpt_neox", "gpt_neox-4"],
 )
-def test_streamed_equals_plain(tmp_path: Path, config: PretrainedConfig, layout: str, bits: int) -> None:
+def test_streamed_equals_plain(tmp_path: Path, config: PretrainedConfig, format_name: str, bits: int) -> None:
     directory = make(tmp_path / "model", config)
-    write_rtn_checkpoint(directory, tmp_path / "out", layout, bits, 32, False, shards=2)
-    source, ids, seen = Source.open(directory), tokens(), list[int]()
-    found = measure(source, tmp_path / "out", ids, CPU, on_block=seen.append)
+    write_rtn_checkpoint(directory, tmp_path / "out", format_name, bits, 32, False, shards=2)
+    source, ids, seen = SourceModel.open(directory), tokens(), list[int]()
+    found = measure(source, tmp_path / "out", ids, DEVICE, on_block=seen.append)
     expected = plain(directory, tmp_path / "out", ids)
     assert expected.kl > 1e-3  # what is compared is not nothing
     assert expected.agreement < 1
@@ -300,20 +299,20 @@ def test_streamed_equals_plain(tmp_path: Path, config: PretrainedConfig, layout:
     assert seen == [0, 1, 2]
     # The source is as it was: measured again, with nothing left in memory.
     assert all(parameter.is_meta for parameter in source.skeleton.parameters())
-    assert measure(source, tmp_path / "out", ids, CPU) == found
+    assert measure(source, tmp_path / "out", ids, DEVICE) == found
 
 
 def test_norms_and_biases_are_the_checkpoint_s(model: Path, tmp_path: Path) -> None:
-    """AWQ changes them: those of the source would hide it, or make it look broken."""
+    """AWQ changes norms and biases, so measuring must not take those of the source."""
     write_rtn_checkpoint(model, tmp_path / "out", "awq", 4, 32, False)
-    before = measure(Source.open(model), tmp_path / "out", tokens(), CPU)
+    before = measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE)
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         for name in ("layers.1.input_layernorm.weight", "layers.2.self_attn.q_proj.bias", "norm.weight"):
             tensors[f"model.{name}"] *= 1.5
 
     change(tmp_path / "out", edit)
-    found = measure(Source.open(model), tmp_path / "out", tokens(), CPU)
+    found = measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE)
     agree(found, plain(model, tmp_path / "out", tokens()))
     assert found.kl > before.kl * 1.2
 
@@ -321,30 +320,29 @@ def test_norms_and_biases_are_the_checkpoint_s(model: Path, tmp_path: Path) -> N
 def test_eight_bits_are_near_and_a_wrong_scale_is_far(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_rtn_checkpoint(model, out, "gptq", 8, 32, False)
-    near = measure(Source.open(model), out, tokens(), CPU)
+    near = measure(SourceModel.open(model), out, tokens(), DEVICE)
     assert 0 < near.kl < 2e-3
     assert near.agreement > 0.9
     assert near.perplexity_quantized == pytest.approx(near.perplexity_source, rel=0.02)
     write_rtn_checkpoint(model, tmp_path / "two", "gptq", 2, 32, False)
-    assert measure(Source.open(model), tmp_path / "two", tokens(), CPU).kl > 100 * near.kl
+    assert measure(SourceModel.open(model), tmp_path / "two", tokens(), DEVICE).kl > 100 * near.kl
 
     def edit(scales: dict[str, torch.Tensor]) -> None:
         scales["model.layers.1.mlp.down_proj.scales"][0, 5] *= 30
 
     change(out, edit)
-    far = measure(Source.open(model), out, tokens(), CPU)
+    far = measure(SourceModel.open(model), out, tokens(), DEVICE)
     assert far.kl > 3 * near.kl
 
 
 def test_logits_stay_within_bounds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rtn_checkpoint(model, tmp_path / "out", "gptq", 3, 32, False)
-    source, ids = Source.open(model), tokens(5, 24)
+    source, ids = SourceModel.open(model), tokens(5, 24)
     shapes: list[tuple[int, ...]] = []
-    head = block_forward.head
 
     @contextmanager
     def watched(*args: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        with head(*args) as logits:
+        with output_head(*args) as logits:
 
             def watch(hidden: torch.Tensor) -> torch.Tensor:
                 out = logits(hidden)
@@ -353,13 +351,13 @@ def test_logits_stay_within_bounds(model: Path, tmp_path: Path, monkeypatch: pyt
 
             yield watch
 
-    monkeypatch.setattr(block_forward, "head", watched)
-    whole = measure(source, tmp_path / "out", ids, CPU)
+    monkeypatch.setattr(perplexity, "output_head", watched)
+    whole = measure(source, tmp_path / "out", ids, DEVICE)
     assert shapes == [(5, 23, VOCABULARY)] * 2
     for count in (1, 7, 50):  # tokens at once: one, pieces of a window, two windows
         shapes.clear()
-        limit = count * VOCABULARY * 4 * perplexity._COPIES
-        agree(measure(source, tmp_path / "out", ids, CPU, logit_bytes=limit), whole, rel=1e-5)
+        limit = count * VOCABULARY * 4 * perplexity.COPIES
+        agree(measure(source, tmp_path / "out", ids, DEVICE, logit_bytes=limit), whole, rel=1e-5)
         assert max(n * length for n, length, _ in shapes) == {1: 1, 7: 7, 50: 46}[count]
         assert sum(n * length for n, length, _ in shapes) == 2 * 5 * 23
 
@@ -368,74 +366,81 @@ def test_bfloat16_source(tmp_path: Path) -> None:
     directory = make(tmp_path / "model", qwen2(), torch.bfloat16)
     write_rtn_checkpoint(directory, tmp_path / "out", "compressed-tensors", 3, 32, False)
     agree(
-        measure(Source.open(directory), tmp_path / "out", tokens(), CPU),
+        measure(SourceModel.open(directory), tmp_path / "out", tokens(), DEVICE),
         plain(directory, tmp_path / "out", tokens()),
     )
 
 
-def test_an_untied_head_that_is_missing_is_told(model: Path, tmp_path: Path) -> None:
-    """The embedding in its place would give numbers, all wrong."""
+def test_a_missing_untied_head_is_reported(model: Path, tmp_path: Path) -> None:
+    """The embedding must not take its place: all numbers would be wrong."""
     write_rtn_checkpoint(model, tmp_path / "out", "gptq", 4, 32, True)
     change(tmp_path / "out", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"no lm_head\.weight"):
-        measure(Source.open(model), tmp_path / "out", tokens(), CPU)
+        measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
-def test_on_the_gpu(model: Path, tmp_path: Path, layout: str) -> None:
-    write_rtn_checkpoint(model, tmp_path / "out", layout, 4, 32, False)
-    found = measure(Source.open(model), tmp_path / "out", tokens(), torch.device("cuda"))
-    agree(found, measure(Source.open(model), tmp_path / "out", tokens(), CPU), rel=1e-2)
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors"])
+def test_on_the_gpu(model: Path, tmp_path: Path, name: str) -> None:
+    write_rtn_checkpoint(model, tmp_path / "out", name, 4, 32, False)
+    found = measure(SourceModel.open(model), tmp_path / "out", tokens(), Device(torch.device("cuda")))
+    agree(found, measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE), rel=1e-2)
 
 
 def test_a_checkpoint_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "other", gpt_neox())
     write_rtn_checkpoint(other, tmp_path / "out", "gptq", 4, 32, True)
     with pytest.raises(InputError, match="do not match"):
-        measure(Source.open(model), tmp_path / "out", tokens(), CPU)
+        measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE)
     with pytest.raises(InputError, match="not quantized"):
-        QuantizedSource(Source.open(model), model)
+        open_quantized(SourceModel.open(model), model)
 
 
 def test_a_checkpoint_with_nan_is_named(model: Path, tmp_path: Path) -> None:
     write_rtn_checkpoint(model, tmp_path / "out", "gptq", 4, 32, True)
     change(tmp_path / "out", lambda t: t["model.layers.1.mlp.up_proj.scales"][0, 0].fill_(math.nan))
     with pytest.raises(WorkError, match=r"layers\.1\.mlp\.up_proj.*quantized checkpoint is broken"):
-        measure(Source.open(model), tmp_path / "out", tokens(), CPU)
+        measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE)
 
 
 # -- text
 
 
-def asked(**values: Any) -> QuantizeConfig:
-    calibration = CalibrationConfig(data=str(EMBEDDED_HELDOUT), samples=4, seq_len=64)
-    return QuantizeConfig(method="gptq", calibration=calibration, **values)
+CALIBRATION = CalibrationConfig(data=str(EMBEDDED_HELDOUT), samples=4, seq_len=64)
 
 
 def test_heldout_windows(tmp_path: Path) -> None:
     tokenizer, said = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), list[str]()
-    found = heldout_windows(asked(eval_samples=3), tokenizer, said.append)
+
+    def heldout(
+        data: str = "auto",
+        samples: int = 16,
+        calibration: CalibrationConfig = CALIBRATION,
+        *,
+        embedded: bool = True,
+    ) -> torch.Tensor:
+        return heldout_windows(data, samples, calibration, tokenizer, embedded=embedded, log=said.append)
+
+    found = heldout(samples=3)
     assert found.shape == (3, 64)
     assert found.dtype == torch.int64
     assert not said
-    # For another model the same text, and it is said.
-    same = heldout_windows(asked(eval_samples=3, model_path="x/y"), tokenizer, said.append)
+    # Another model is measured on the same text, and a note says so.
+    same = heldout(samples=3, embedded=False)
     assert torch.equal(same, found)
     assert "--eval_data" in said.pop()
     # Of the calibration data itself other windows, and a warning.
-    config = asked(eval_samples=3, eval_data=str(EMBEDDED_HELDOUT))
-    assert torch.equal(heldout_windows(config, tokenizer, said.append), found)
+    assert torch.equal(heldout(str(EMBEDDED_HELDOUT), 3), found)
     assert "calibration data too" in said.pop()
     # Never longer than what the numbers are compared at.
-    config = replace(asked(eval_samples=2), calibration=replace(config.calibration, seq_len=2048))
-    assert heldout_windows(config, tokenizer, said.append).shape == (2, 512)
+    longer = replace(CALIBRATION, seq_len=2048)
+    assert heldout(samples=2, calibration=longer).shape == (2, 512)
     (tmp_path / "short.txt").write_text("A few words.")
     with pytest.raises(InputError, match="too little held-out text"):
-        heldout_windows(asked(eval_data=str(tmp_path / "short.txt")), tokenizer, said.append)
+        heldout(str(tmp_path / "short.txt"))
     (tmp_path / "few.txt").write_text("Some words that make a line.\n" * 30)
-    heldout_windows(asked(eval_data=str(tmp_path / "few.txt")), tokenizer, said.append)
+    heldout(str(tmp_path / "few.txt"))
     assert said.pop().startswith("held-out text: ")
 
 
@@ -460,7 +465,7 @@ def test_sample_of_the_embedded_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HEAD_NAMES)
 def test_sample_finds_the_output_head_under_any_name(name: str, tmp_path: Path) -> None:
-    """GPT-NeoX's is embed_out in files of transformers 4, lm_head in memory."""
+    """GPT-NeoX's output head is `embed_out` in files of transformers 4, and `lm_head` in memory."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     model = write_model(tmp_path / "neox", FAMILIES["gpt_neox"]())
     write_rtn_checkpoint(model, tmp_path / "out", "gptq", 8, 32, False)

@@ -1,7 +1,7 @@
-"""Faults on purpose: in writing, in reading, in the numbers, in memory. Each ends in a complete result, or in one line.
+"""Inject faults in writing, reading, numbers and memory. Each run ends in a complete result, or in one line.
 
-What may be left beside the target after a failure is the staging place of an interrupted run, and only where steps
-are kept to go on from; with --no_resume nothing is.
+After a failure only the work directory of an interrupted run may be left beside the target, and only where steps are
+kept to resume from; with --no_resume nothing is left.
 """
 
 from __future__ import annotations
@@ -25,19 +25,24 @@ from torch import Tensor
 
 from conftest import MAIN
 from llm_quantize import pipeline
-from llm_quantize.blockwise import block_solution, loop
+from llm_quantize.blockwise import block, loop
 from llm_quantize.calibration import text_sources
-from llm_quantize.checkpoint.reader import dequantized
+from llm_quantize.calibration.table import Table
+from llm_quantize.checkpoint.reader import QuantizedStore
+from llm_quantize.checkpoint.verification import verify_written
 from llm_quantize.checkpoint.writer import CheckpointWriter
-from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.formats import packing
+from llm_quantize.evaluation import perplexity
+from llm_quantize.formats import FORMATS
+from llm_quantize.formats.base import CheckpointFormat
 from llm_quantize.io import safetensors_files
 from llm_quantize.io.atomic_directory import AtomicDirectory
-from llm_quantize.io.safetensors_files import Planned
-from llm_quantize.model import block_forward, source
-from llm_quantize.model.source import Source
-from llm_quantize.solver import hessian
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT
+from llm_quantize.io.safetensors_files import PlannedTensor
+from llm_quantize.model import block_forward, tensor_store
+from llm_quantize.model.source import Model, SourceModel
+from llm_quantize.solver import awq, problem
+from llm_quantize.solver.hessian import HessianAccumulator
 
 QUICK = ["--calib_samples", "4", "--calib_seq_len", "32", "--eval_data", "off", "--device", "cpu"]
 QUICK += ["--group_size", "32", "--quality", "fast", "--calib_data", str(EMBEDDED_CALIBRATION), "--no_resume"]
@@ -47,9 +52,9 @@ MEASURED = ["--eval_data", str(EMBEDDED_HELDOUT), "--eval_samples", "2"]
 
 
 class Faults:
-    """Counts every call that writes below `root`, and lets the `at`-th of them fail, or all from there on.
+    """Count every call that writes below `root`, and let the `at`-th of them fail, or all from there on.
 
-    What counts: opening for writing, writing, setting a length, making durable, making directories, renaming.
+    Counted are opening for writing, writing, setting a length, making durable, making directories, renaming.
     """
 
     def __init__(self, root: Path, number: int, at: int | None = None, *, lasting: bool = False) -> None:
@@ -61,7 +66,7 @@ class Faults:
         self.calls: list[str] = []
 
     def __call__(self, name: str, path: Any) -> None:
-        """Before a call named `name` that would write to `path`, a name or a descriptor."""
+        """Count a call named `name` that would write to `path`, a name or a descriptor, and let it fail."""
         if isinstance(path, int):
             try:
                 path = os.readlink(f"/proc/self/fd/{path}")  # noqa: PTH115 (a descriptor of anything)
@@ -115,7 +120,7 @@ class Faults:
 
 
 class _File:
-    """An open file, with a question before each write."""
+    """An open file that calls `before` ahead of each write."""
 
     def __init__(self, file: Any, before: Callable[[], None]) -> None:
         self._file = file
@@ -136,13 +141,13 @@ class _File:
 
 
 PLAN = [
-    Planned("b.weight", torch.bfloat16, (8, 4)),
-    *(Planned(f"a.{i}", torch.float32, (16, 4)) for i in range(4)),
+    PlannedTensor("b.weight", torch.bfloat16, (8, 4)),
+    *(PlannedTensor(f"a.{i}", torch.float32, (16, 4)) for i in range(4)),
 ]
 
 
 def write(target: Path, side: Path) -> None:
-    """A whole checkpoint by the writer alone: shards, index, steps, side files, publication."""
+    """Write a whole checkpoint by the writer alone: shards, index, steps, side files, publication."""
     with AtomicDirectory(target, overwrite=True) as output_dir:
         with CheckpointWriter(output_dir, PLAN, {"run": 1}, keep=False, shard_bytes=600) as writer:
             output_dir.write_json("config.json", {"a": 1})
@@ -150,12 +155,12 @@ def write(target: Path, side: Path) -> None:
                 writer.add(planned.name, torch.full(planned.shape, float(number), dtype=planned.dtype))
                 writer.commit({"step": number})
             output_dir.copy([side])
-            writer.complete("awq", 4, 128)
+            verify_written(writer, FORMATS["awq"], {})
         output_dir.publish()
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file below a directory, by its name in it; of the report nothing that takes time."""
+    """The bytes of every file below a directory, by its path in it."""
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
@@ -168,7 +173,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_every_write_of_a_checkpoint_fails_once(
     there: bool, number: int, lasting: bool, tmp_path: Path
 ) -> None:
-    """The target is as it was or complete, nothing else is left, and the reason is told in one line."""
+    """The target is as it was or complete, nothing else is left, and one line gives the reason."""
     side = tmp_path / "tokenizer.json"
     side.write_text("{}")
     plain = tmp_path / "plain"
@@ -178,7 +183,7 @@ def test_every_write_of_a_checkpoint_fails_once(
     complete = contents(plain / "out")
     assert faults.count >= 40
     assert {"open", "write", "pwrite", "ftruncate", "fsync", "mkdir", "rename"} <= set(faults.calls)
-    told = aside = 0
+    failures = aside = 0
     for at in range(faults.count + 5 * there):
         root = tmp_path / f"at-{at}"
         (root / "out").mkdir(parents=True)
@@ -194,10 +199,10 @@ def test_every_write_of_a_checkpoint_fails_once(
             except (InputError, WorkError) as error:
                 line = str(error)
         if line is None:
-            # A copy is then made in another way. Which call that is depends on how far the writer's thread has come.
+            # A copy is then made in another way. Which call it is depends on how far the writer's thread has come.
             assert at >= here.count or here.calls[at] == "sendfile"
         else:
-            told += 1
+            failures += 1
             assert "\n" not in line
             assert str(root) in line
             assert (
@@ -216,7 +221,7 @@ def test_every_write_of_a_checkpoint_fails_once(
         assert sorted(p.name for p in root.iterdir()) == (["out"] if after else []), at
         assert here.count > 0
         shutil.rmtree(root)
-    assert told >= faults.count // 2
+    assert failures >= faults.count // 2
     assert aside <= (3 if there and lasting else there)
 
 
@@ -225,7 +230,7 @@ def run(model: Path, target: Path, *words: str, method: str = "gptq") -> int:
 
 
 def failed(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that tells of a failure; nothing but progress and warnings before it."""
+    """Return the one line that reports a failure; only progress and warnings may come before it."""
     err = capsys.readouterr().err
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if " error: " in line]
@@ -240,11 +245,11 @@ def model(saved: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved("llama"), tmp_path / "source" / "model"))
 
 
-@pytest.mark.parametrize("resumed", [False, True], ids=["nothing kept", "kept and gone on with"])
+@pytest.mark.parametrize("resumed", [False, True], ids=["nothing kept", "kept and resumed"])
 def test_the_disk_fills_up_in_a_run(
     resumed: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At a dozen of a run's writes; what is kept is gone on with, to the same bytes."""
+    """The disk fills up at one of a dozen writes; the run resumes from what is kept, to the same bytes."""
     root = tmp_path / "disk"
     root.mkdir()
     words = ["--no_resume", "false"] if resumed else []
@@ -259,7 +264,7 @@ def test_the_disk_fills_up_in_a_run(
         with Faults(root, errno.ENOSPC, at, lasting=True).injected():
             code = run(model, root / "out", *words)
         left = sorted(p.name for p in root.iterdir())
-        if code == 0:  # what cannot be kept to go on from is done without
+        if code == 0:  # steps that cannot be kept for resuming are not needed
             assert contents(root / "out") == complete
             shutil.rmtree(root / "out")
             capsys.readouterr()
@@ -278,20 +283,20 @@ def test_the_disk_fills_up_in_a_run(
     assert (kept > 3) == resumed
 
 
-def test_a_bit_that_turns_on_the_way_to_the_disk(
+def test_a_bit_that_flips_on_the_way_to_the_disk(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At any of the tensors: what is read back is not what was handed in, and nothing is published."""
+    """Whichever tensor it is in, reading back finds the difference, and nothing is published."""
     real, count, at = safetensors_files.write_at, [0], [-1]
 
-    def turned(handle: int, data: memoryview, offset: int) -> None:
+    def flipped(handle: int, data: memoryview, offset: int) -> None:
         count[0] += 1
         changed = bytearray(data)
         if count[0] == at[0]:
             changed[len(changed) // 2] ^= 1
         real(handle, memoryview(changed), offset)
 
-    monkeypatch.setattr(safetensors_files, "write_at", turned)
+    monkeypatch.setattr(safetensors_files, "write_at", flipped)
     assert run(model, tmp_path / "out") == 0
     total = count[0]
     shutil.rmtree(tmp_path / "out")
@@ -351,14 +356,14 @@ def test_a_tensor_that_cannot_be_read(
 ) -> None:
     real: Any = safe_open
     monkeypatch.setattr(
-        source, "safe_open", lambda path, framework: Opened(real(path, framework), name, error)
+        tensor_store, "safe_open", lambda path, framework: Opened(real(path, framework), name, error)
     )
     assert run(model, tmp_path / "out") == 1
     assert f"cannot read {name} from model.safetensors" in failed(capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
-def test_a_shard_that_is_cut_is_told_before_the_work(
+def test_a_cut_shard_is_reported_before_the_work(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(model / "model.safetensors")
@@ -401,7 +406,7 @@ def with_value(value: float, *, everywhere: bool = False) -> Callable[[Tensor], 
     return change
 
 
-MOMENTS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
+HESSIANS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "rank one": (rank_one, None),
     "zero": (torch.zeros_like, "carried nothing"),
     "dead channels": (with_dead, "carried nothing"),
@@ -416,8 +421,8 @@ MOMENTS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("case", MOMENTS)
-def test_second_moments_of_all_kinds(
+@pytest.mark.parametrize("case", HESSIANS)
+def test_hessians_of_all_kinds(
     case: str,
     method: str,
     model: Path,
@@ -425,10 +430,10 @@ def test_second_moments_of_all_kinds(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A result, finite everywhere, and a word that names the layer where it was not solved as usual."""
-    change, said = MOMENTS[case]
-    real = hessian.HessianAccumulator.finish
-    monkeypatch.setattr(hessian.HessianAccumulator, "finish", lambda self: change(real(self).clone()))
+    """The result is finite everywhere, and a warning names a layer that was not solved as usual."""
+    change, said = HESSIANS[case]
+    real = HessianAccumulator.finish
+    monkeypatch.setattr(HessianAccumulator, "finish", lambda self: change(real(self).clone()))
     assert run(model, tmp_path / "out", method=method) == 0
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning:")]
     if said is not None:
@@ -474,7 +479,7 @@ WEIGHTS: dict[str, Callable[[dict[str, Tensor]], None]] = {
 def test_weights_of_all_kinds(
     case: str, words: str, method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A result that is finite, and near the weights where these can be told apart; or one line."""
+    """The result is finite, and near the weights where these are of one size; or one line reports the failure."""
     path = model / "model.safetensors"
     tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
     WEIGHTS[case](tensors)
@@ -485,7 +490,7 @@ def test_weights_of_all_kinds(
         assert "model.layers." in failed(capsys)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
         return
-    found = dequantized(tmp_path / "out")
+    found = QuantizedStore(tmp_path / "out")
     for name in found.files:
         assert bool(torch.isfinite(found.read(name).float()).all()), name
     if case in ("all zero", "constant", "constant and negative") and method == "gptq":
@@ -497,7 +502,7 @@ def test_weights_of_all_kinds(
 def test_weights_that_float16_cannot_hold(
     value: float, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a linear, whose scale can be too large, and of a tensor that is written as it is."""
+    """They may be in a linear, whose scale can be too large, or in a tensor that is copied."""
     path = model / "model.safetensors"
     whole = load_file(path)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
@@ -522,7 +527,7 @@ def test_weights_that_float16_cannot_hold(
 def test_a_tokenizer_that_yields_nothing(
     gives: list[int], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    kind = type(Source.open(model).tokenizer)
+    kind = type(SourceModel.open(model).tokenizer)
 
     def nothing(self: Any, text: Any, **kwargs: Any) -> dict[str, Any]:
         return {"input_ids": [gives] * len(text) if isinstance(text, list) else gives}
@@ -536,9 +541,9 @@ def test_a_tokenizer_that_yields_nothing(
 def test_a_tokenizer_that_yields_nothing_of_this_text(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_quantize.calibration import windows
+    from llm_quantize.calibration.column_tokenizer import ColumnTokenizer
 
-    monkeypatch.setattr(windows._Text, "_encode", lambda self, texts: [[] for _ in texts])
+    monkeypatch.setattr(ColumnTokenizer, "_encode", lambda self, texts: [[] for _ in texts])
     assert run(model, tmp_path / "out") == 2
     assert "too little text to calibrate on" in failed(capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
@@ -552,15 +557,15 @@ def test_a_dataset_that_ends_early(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By itself: fewer windows, and a warning; by an error: one line."""
+    """A short dataset gives fewer windows and a warning, an error one line."""
 
     def rows(column: str) -> Iterator[str]:
         yield from ["some words of text that a model can read " * 8] * 2
         if error is not None:
             raise error
 
-    table = text_sources.Table("org/text:train", ("text",), rows, streamed=True)
-    monkeypatch.setattr(text_sources, "open_table", lambda source, seed: table)
+    table = Table("org/text:train", ("text",), rows, streamed=True)
+    monkeypatch.setattr(text_sources, "open_table", lambda source, **options: table)
     code = run(model, tmp_path / "out", "--calib_samples", "64", "--calib_data", "org/text")
     if error is None:
         assert code == 0
@@ -573,22 +578,25 @@ def test_a_dataset_that_ends_early(
 
 # --- memory ---------------------------------------------------------------------------------------------------
 
+# Each function where it is used: the module or class that the run takes it from, and its name.
 STAGES: dict[str, tuple[Any, str]] = {
-    "embed": (block_forward, "embed"),
-    "load": (Source, "load"),
-    "distinct inputs": (block_forward, "distinct_inputs"),
-    "capture": (block_forward, "capture"),
-    "second moments": (hessian.HessianAccumulator, "add"),
-    "factorize": (block_solution, "Factorization"),
-    "grid search": (block_solution, "search_qparams"),
-    "compensate": (block_solution, "compensate"),
-    "channel scales": (block_solution, "choose_scales"),
-    "folds": (loop, "exact_mappings"),
-    "packing": (packing, "pack"),
+    "embed": (loop, "embed"),
+    "load": (Model, "load"),
+    "distinct inputs": (block, "distinct_inputs"),
+    "capture": (block, "capture_inputs"),
+    "Hessian": (HessianAccumulator, "add"),
+    "factorize": (problem, "Factorization"),
+    "scale search": (problem, "search_qparams"),
+    "compensate": (problem, "compensate"),
+    "channel scales": (awq, "choose_scales"),
+    "mappings": (block, "exact_mappings"),
+    "packing": (CheckpointFormat, "pack"),
     "replay": (block_forward, "replay"),
     "block": (block_forward, "forward"),
     "measuring": (pipeline, "measure"),
-    "output head": (block_forward, "head"),
+    "embed for measuring": (perplexity, "embed"),
+    "replay for measuring": (perplexity, "replay"),
+    "output head": (perplexity, "output_head"),
 }
 
 
@@ -606,7 +614,7 @@ def test_out_of_memory_at_each_stage(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A complete result, or one line about memory and nothing left."""
+    """The run gives a complete result, or one line about memory and leaves nothing."""
     owner, name = STAGES[stage]
     real, count = getattr(owner, name), [0]
 

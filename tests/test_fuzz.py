@@ -1,7 +1,7 @@
-"""Readers of what strangers wrote, under random input: a refusal of one line comes out, or a value, nothing else.
+"""Test the readers of untrusted files on random input: each returns a value, or refuses in one line, nothing else.
 
-In the suite each reader gets a fixed number of the same examples. `LLM_QUANTIZE_FUZZ=SECONDS` instead draws new
-ones for that long in each reader, and prints how many were run.
+In the suite each reader gets a fixed number of the same examples. `LLM_QUANTIZE_FUZZ=SECONDS` draws new examples
+for so many seconds for each reader instead, and prints how many were run.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llm_quantize.calibration import text_sources
-from llm_quantize.calibration.windows import load_windows
-from llm_quantize.checkpoint.reader import dequantized
-from llm_quantize.config import CalibrationConfig
+from llm_quantize.calibration.hub_datasets import HubData
+from llm_quantize.calibration.windows import CalibrationConfig, load_windows
+from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.io.untrusted import check_counts
-from llm_quantize.model.source import Source, examine_config, read_json, tensor_files, with_old_rope_keys
-from llm_quantize.serving import serve_check
+from llm_quantize.io.untrusted import check_counts, read_json
+from llm_quantize.model.config_file import examine_config, published_config, with_old_rope_keys
+from llm_quantize.model.source import SourceModel
+from llm_quantize.model.weight_files import tensor_files
+from llm_quantize.serving import checkpoint_files
+from llm_quantize.serving.plan import plan_serving
+from llm_quantize.serving.refusal import Refusal
 from models import FAMILIES, write
 from reference import write_rtn_checkpoint
 
@@ -71,7 +75,7 @@ VALUES = st.recursive(
 
 
 def spots(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value inside a JSON document."""
+    """Yield the path of every value inside a JSON document."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield (*at, key)
@@ -80,7 +84,7 @@ def spots(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def changed(draw: st.DrawFn, whole: Any, most: int = 3) -> Any:
-    """A JSON document with up to `most` of its values replaced, removed, or put under another key."""
+    """Draw a JSON document with up to `most` of its values replaced, removed, or put under another key."""
     document = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, most))):
         places = list(spots(document))
@@ -105,7 +109,7 @@ def dumped(value: Any) -> bytes:
 
 
 def damaged(data: bytes) -> st.SearchStrategy[bytes]:
-    """Bytes of which some are others, missing or doubled."""
+    """Draw `data` with some bytes changed, removed or doubled."""
 
     @st.composite
     def draw_bytes(draw: st.DrawFn) -> bytes:
@@ -130,7 +134,7 @@ def damaged(data: bytes) -> st.SearchStrategy[bytes]:
 
 
 def run(name: str, strategy: st.SearchStrategy[Any], body: Callable[[Any], None], examples: int) -> None:
-    """`body` on examples of `strategy`: the same ones always, or new ones until the time is over."""
+    """Run `body` on examples of `strategy`: always the same ones, or new ones until the time is over."""
     count = 0
 
     def counted(value: Any) -> None:
@@ -156,7 +160,7 @@ def run(name: str, strategy: st.SearchStrategy[Any], body: Callable[[Any], None]
 
 @contextmanager
 def refusing(*kinds: type[BaseException]) -> Iterator[None]:
-    """Only these may come out, each of one line that a terminal can show."""
+    """Allow these errors alone, each of one line that a terminal can show."""
     line = "-"
     try:
         yield
@@ -170,8 +174,8 @@ def refusing(*kinds: type[BaseException]) -> Iterator[None]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("fuzz")
     write(root / "model", FAMILIES["llama"]())
-    for layout, bits in (("awq", 4), ("gptq", 4), ("compressed-tensors", 4)):
-        write_rtn_checkpoint(root / "model", root / layout, layout, bits, 32, layout != "awq")
+    for name, bits in (("awq", 4), ("gptq", 4), ("compressed-tensors", 4)):
+        write_rtn_checkpoint(root / "model", root / name, name, bits, 32, name != "awq")
     (root / "work").mkdir()
     return root
 
@@ -185,21 +189,21 @@ def work(home: Path) -> Path:
 
 
 def test_configs(home: Path, work: Path) -> None:
-    """config.json of a source, to the skeleton of the model and back to what is published."""
+    """From a source's config.json to the skeleton of the model, and to the config.json that is published."""
     directory = Path(shutil.copytree(home / "model", work / "configs"))
     whole = json.loads((directory / "config.json").read_text())
 
     def body(value: Any) -> None:
         (directory / "config.json").write_bytes(dumped(value))
         with refusing(InputError, WorkError):
-            source = Source.open(directory)
-            json.dumps(source.published_config())
+            SourceModel.open(directory)
+            json.dumps(published_config(directory))
 
     run("configs", changed(whole), body, 60)
 
 
 def test_configs_of_all_kinds() -> None:
-    """The parts that look at any JSON object."""
+    """The functions that take any JSON object."""
     whole = {
         "architectures": ["LlamaForCausalLM"],
         "quantization_config": None,
@@ -231,14 +235,14 @@ def test_json_files() -> None:
             path.write_bytes(data)
             with refusing(InputError):
                 assert isinstance(read_json(path), dict)
-            with refusing(serve_check.Refusal):
-                assert isinstance(serve_check.read_json(path), dict)
+            with refusing(Refusal):
+                assert isinstance(checkpoint_files.read_json(path), dict)
 
         run("JSON files", damaged(text) | st.binary(max_size=40), body, 300)
 
 
 def test_tokenizer_files(home: Path, work: Path) -> None:
-    """tokenizer.json and tokenizer_config.json of a source, to token windows."""
+    """From a source's tokenizer.json and tokenizer_config.json to token windows."""
     directory = Path(shutil.copytree(home / "model", work / "tokenizers"))
     text = work / "words.txt"
     text.write_text("def some_words(that, are) -> None: ...\n" * 40)
@@ -254,7 +258,7 @@ def test_tokenizer_files(home: Path, work: Path) -> None:
         for name, content in zip(names, value, strict=True):
             (directory / name).write_bytes(dumped(content))
         with refusing(InputError, WorkError):
-            source = Source.open(directory)
+            source = SourceModel.open(directory)
             load_windows(plain, source.tokenizer, log=lambda line: None)
 
     pairs = st.tuples(changed(small) | st.just(small), changed(settings_, 2) | st.just(settings_))
@@ -270,14 +274,14 @@ def test_indexes(home: Path, work: Path) -> None:
         (directory / "model.safetensors.index.json").write_bytes(dumped(value))
         with refusing(InputError):
             assert {p.parent for p in tensor_files(directory).values()} == {directory}
-        with refusing(serve_check.Refusal):
-            assert {t.file.parent for t in serve_check.read_tensors(directory).values()} == {directory}
+        with refusing(Refusal):
+            assert {t.file.parent for t in checkpoint_files.read_tensors(directory).values()} == {directory}
 
     run("indexes", changed(whole), body, 300)
 
 
 def test_headers(work: Path) -> None:
-    """Both readers of safetensors headers: whatever they accept lies inside the file."""
+    """Whatever both readers of safetensors headers accept lies inside the file."""
     directory = work / "headers"
     directory.mkdir()
     path = directory / "model.safetensors"
@@ -297,15 +301,15 @@ def test_headers(work: Path) -> None:
         path.write_bytes(content)
         with refusing(InputError):
             tensor_files(directory)
-        with refusing(serve_check.Refusal):
-            found = serve_check.read_tensors(directory)
+        with refusing(Refusal):
+            found = checkpoint_files.read_tensors(directory)
             assert all(0 <= t.start <= t.end <= len(content) for t in found.values())
 
     run("headers", files() | damaged(data), body, 500)
 
 
 def smaller(directory: Path, into: Path) -> Path:
-    """A quantized checkpoint of two layers and a norm, which can be written many times a second."""
+    """Write a quantized checkpoint of few layers and norms, which takes little time to write again."""
     into.mkdir()
     tensors = load_file(directory / "model.safetensors")
     kept = {n: t for n, t in tensors.items() if "layers.0.mlp" in n or n.endswith("norm.weight")}
@@ -314,38 +318,38 @@ def smaller(directory: Path, into: Path) -> Path:
     return into
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
-def test_quantization_configs(layout: str, home: Path, work: Path) -> None:
-    """Of `saved.py` and of `serve_check.py`, each with the command lines it meets."""
-    directory = smaller(home / layout, work / f"settings-{layout}")
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors"])
+def test_quantization_configs(name: str, home: Path, work: Path) -> None:
+    """As `checkpoint.reader` reads them, and the check before serving with the command lines that it is given."""
+    directory = smaller(home / name, work / f"settings-{name}")
     whole = json.loads((directory / "config.json").read_text())
     whole = {key: whole[key] for key in ("quantization_config", "num_attention_heads", "num_key_value_heads")}
     more = {"text_config": {"num_attention_heads": 4}, "dynamic": {"+:.*": {"bits": 4}}}
     whole["quantization_config"] = whole["quantization_config"] | more
-    word_lists = [[], ["-q", layout], ["--tensor-parallel-size", "2"], ["-tp=8", "--dtype", "half"]]
+    word_lists = [[], ["-q", name], ["--tensor-parallel-size", "2"], ["-tp=8", "--dtype", "half"]]
 
     def body(value: tuple[Any, str, list[str]]) -> None:
         config, device, words = value
         (directory / "config.json").write_bytes(dumped(config))
         with refusing(InputError, WorkError):
-            found = dequantized(directory)
-            for name in found.files:
-                found.read(name)
-        with refusing(serve_check.Refusal):
-            serve_check.plan(device, str(directory), words)
+            found = QuantizedStore(directory)
+            for tensor in found.files:
+                found.read(tensor)
+        with refusing(Refusal):
+            plan_serving(device, str(directory), words)
 
     devices = st.sampled_from(["cuda", "cpu", "other"])
     run(
-        f"{layout} settings",
+        f"{name} settings",
         st.tuples(changed(whole, 4), devices, st.sampled_from(word_lists)),
         body,
         120,
     )
 
 
-@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
-def test_tensors_of_other_shapes_and_types(layout: str, home: Path, work: Path) -> None:
-    directory = smaller(home / layout, work / f"tensors-{layout}")
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors"])
+def test_tensors_of_other_shapes_and_types(name: str, home: Path, work: Path) -> None:
+    directory = smaller(home / name, work / f"tensors-{name}")
     path = directory / "model.safetensors"
     whole = load_file(path)
     types = [torch.int32, torch.int64, torch.float16, torch.float32, torch.uint8, torch.bool, torch.bfloat16]
@@ -354,19 +358,19 @@ def test_tensors_of_other_shapes_and_types(layout: str, home: Path, work: Path) 
 
     def body(value: tuple[list[Any], str]) -> None:
         tensors = dict(whole)
-        for name, shape, dtype, fill in value[0]:
-            tensors[name] = torch.full(shape, fill).to(dtype)
+        for changed_name, shape, dtype, fill in value[0]:
+            tensors[changed_name] = torch.full(shape, fill).to(dtype)
         save_file(tensors, path, metadata={"format": "pt"})
         with refusing(InputError, WorkError):
-            found = dequantized(directory)
-            for name in found.files:
+            found = QuantizedStore(directory)
+            for tensor in found.files:
                 with refusing(WorkError):
-                    found.read(name)
-        with refusing(serve_check.Refusal):
-            serve_check.plan(value[1], str(directory), [])
+                    found.read(tensor)
+        with refusing(Refusal):
+            plan_serving(value[1], str(directory), [])
 
     devices = st.sampled_from(["cuda", "cpu"])
-    run(f"{layout} tensors", st.tuples(st.lists(change, min_size=1, max_size=3), devices), body, 120)
+    run(f"{name} tensors", st.tuples(st.lists(change, min_size=1, max_size=3), devices), body, 120)
 
 
 RECORDS = [
@@ -399,14 +403,14 @@ def parquet() -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizer(home: Path) -> Any:
-    found = Source.open(home / "model").tokenizer
+    found = SourceModel.open(home / "model").tokenizer
     found.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
     return found
 
 
 @pytest.mark.parametrize("name", [*FILES, "a.parquet"])
 def test_calibration_files(name: str, tokenizer: Any, work: Path) -> None:
-    """To token windows, through the chat template where they hold conversations."""
+    """From files to token windows, through the chat template where they hold conversations."""
     data = parquet() if name == "a.parquet" else FILES[name]
     path = work / name
     strategy: st.SearchStrategy[bytes] = damaged(data) | st.binary(max_size=60)
@@ -434,6 +438,6 @@ def test_names_of_calibration_data() -> None:
     def body(text: str) -> None:
         with refusing(InputError):
             found = text_sources.locate(text)
-            assert isinstance(found, Path | text_sources.HubData)
+            assert isinstance(found, Path | HubData)
 
     run("names", st.lists(pieces, max_size=6).map("".join) | st.text(max_size=20), body, 300)

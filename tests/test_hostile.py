@@ -1,4 +1,4 @@
-"""Models from strangers: no code of theirs runs, nothing outside their directory is read, no size is believed."""
+"""Test untrusted models: none of their code runs, nothing outside their directory is read, no size is believed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MAIN
-from llm_quantize.calibration import text_sources
-from llm_quantize.checkpoint.reader import dequantized
-from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
+from llm_quantize.calibration import local_files, text_sources
+from llm_quantize.calibration.saved_datasets import quiet
+from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
 from llm_quantize.io.hub import resolve_model
-from llm_quantize.io.untrusted import read_limited, without_places
+from llm_quantize.io.untrusted import read_limited, without_paths
 from llm_quantize.model.allocation_limit import AllocationLimit, TooLarge
-from llm_quantize.model.source import Source, convert_pickles, tensor_files
-from llm_quantize.serving import serve_check
+from llm_quantize.model.model_forward import embed
+from llm_quantize.model.source import SourceModel
+from llm_quantize.model.weight_files import convert_pickles, tensor_files
+from llm_quantize.serving import checkpoint_files
+from llm_quantize.serving.cli import main as serving_main
+from llm_quantize.serving.refusal import Refusal
 from models import CPU
 
 QUICK = ["--calib_samples", "2", "--calib_seq_len", "32", "--eval_data", "off", "--device", "cpu"]
@@ -37,7 +42,7 @@ QUICK += ["--group_size", "32", "--quality", "fast"]
 
 @pytest.fixture
 def model(saved: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of a small model, to be made hostile."""
+    """Make a copy of a small model, which the tests make hostile."""
     return Path(shutil.copytree(saved("llama"), tmp_path / "model"))
 
 
@@ -48,7 +53,7 @@ def edit(path: Path, **values: Any) -> None:
 
 def refused(directory: Path, words: str = ".", kind: type[Exception] = InputError) -> None:
     with pytest.raises(kind, match=words) as caught:
-        Source.open(directory)
+        SourceModel.open(directory)
     assert "\n" not in str(caught.value)
 
 
@@ -56,7 +61,7 @@ def refused(directory: Path, words: str = ".", kind: type[Exception] = InputErro
 
 
 class Marker:
-    """Pickled, it makes a file where it is read back."""
+    """An object whose pickle makes a file when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -67,7 +72,7 @@ class Marker:
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that comes into being where code of the model ran."""
+    """Give the path of a file that exists only if code of the model has run."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -76,7 +81,7 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def with_code(model: Path, mark: Path) -> None:
-    """Code wherever transformers looks for some, which makes `mark` when it is imported."""
+    """Put code everywhere where transformers looks for some; importing it makes the file `mark`."""
     for name in ("evil.py", "modeling_evil.py", "tokenization_evil.py", "custom_generate/generate.py"):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(
@@ -91,9 +96,9 @@ def with_code(model: Path, mark: Path) -> None:
 
 
 def test_code_of_a_model_is_not_run(model: Path, mark: Path) -> None:
-    """A type that transformers knows is read with its own class, whatever the model brings."""
+    """transformers' own class reads a type that it knows, whatever code the model has."""
     with_code(model, mark)
-    source = Source.open(model)
+    source = SourceModel.open(model)
     assert type(source.config).__module__.startswith("transformers.")
     assert type(source.skeleton).__module__.startswith("transformers.")
     assert not mark.exists()
@@ -104,9 +109,9 @@ def test_code_of_a_model_is_not_run(model: Path, mark: Path) -> None:
 
 
 def test_the_flag_runs_it(model: Path, mark: Path) -> None:
-    """So that the tests beside this one would notice."""
+    """So the other tests would notice code that runs."""
     with_code(model, mark)
-    assert type(Source.open(model, trust_remote_code=True).skeleton).__name__ == "Model"
+    assert type(SourceModel.open(model, trust_remote_code=True).skeleton).__name__ == "Model"
     assert mark.exists()
 
 
@@ -129,7 +134,7 @@ def test_a_tokenizer_of_its_own_needs_the_flag(model: Path, mark: Path) -> None:
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
 def test_no_kernel_of_the_hub_by_a_name_in_the_config(model: Path, key: str) -> None:
     edit(model / "config.json", **{key: "evil/kernel"})
-    assert Source.open(model).config._attn_implementation == "sdpa"
+    assert SourceModel.open(model).config._attn_implementation == "sdpa"
 
 
 def test_a_chat_template_cannot_reach_python(model: Path, mark: Path) -> None:
@@ -170,7 +175,7 @@ def test_no_pickle_is_read_or_handed_on(model: Path, mark: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("content", [{"x": 1}, [1], 3, None])
 def test_pickled_weights(model: Path, mark: Path, tmp_path: Path, content: Any) -> None:
-    """Without the flag they are refused by name; with it nothing but tensors is read."""
+    """Without the flag an error names them; with it only tensors are read."""
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Marker(mark)}))
     refused(model, r"only pickle weights \(pytorch_model\.bin\).*--allow_pickle")
@@ -225,7 +230,7 @@ def test_pipes_and_devices_are_refused(model: Path, name: str, kind: str) -> Non
 def test_links_inside_and_into_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").rename(model / "w.safetensors")
     (model / "model.safetensors").symlink_to("w.safetensors")
-    Source.open(model)
+    SourceModel.open(model)
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -233,7 +238,7 @@ def test_links_inside_and_into_the_hubs_cache_are_followed(model: Path, tmp_path
         shutil.copy(file, blobs / str(number))
         name = "model.safetensors" if file.name == "w.safetensors" else file.name
         (snapshot / name).symlink_to(f"../../blobs/{number}")
-    Source.open(snapshot)
+    SourceModel.open(snapshot)
     # Blobs of another repository are not this one's.
     other = tmp_path / "models--c--d" / "blobs"
     other.mkdir(parents=True)
@@ -256,8 +261,8 @@ def test_an_index_cannot_name_what_is_elsewhere(model: Path, tmp_path: Path, sha
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
     refused(model)
-    with pytest.raises(serve_check.Refusal):
-        serve_check.read_tensors(model)
+    with pytest.raises(Refusal):
+        checkpoint_files.read_tensors(model)
 
 
 def test_an_index_cannot_lead_out_by_a_link(model: Path, tmp_path: Path) -> None:
@@ -269,8 +274,8 @@ def test_an_index_cannot_lead_out_by_a_link(model: Path, tmp_path: Path) -> None
     refused(model, "a.safetensors in .* is a link that leads out")
     with pytest.raises(InputError, match="a link that leads out"):
         tensor_files(model)  # as a quantized directory is read
-    with pytest.raises(serve_check.Refusal, match="a link that leads out"):
-        serve_check.read_tensors(model)
+    with pytest.raises(Refusal, match="a link that leads out"):
+        checkpoint_files.read_tensors(model)
 
 
 def test_an_index_that_does_not_know_its_shards(model: Path) -> None:
@@ -282,21 +287,21 @@ def test_an_index_that_does_not_know_its_shards(model: Path) -> None:
 
 @pytest.mark.parametrize("key", ["vocab_file", "tokenizer_file", "merges_file", "chat_template_file"])
 def test_a_tokenizers_config_cannot_name_what_is_elsewhere(model: Path, tmp_path: Path, key: str) -> None:
-    before = Source.open(model).tokenizer
+    before = SourceModel.open(model).tokenizer
     other = json.loads((model / "tokenizer.json").read_text())
     other["added_tokens"] = []
     other["model"]["vocab"] = {"secret": 0, "words": 1}
     other["model"]["merges"] = []
     (tmp_path / "other.json").write_text(json.dumps(other))
     edit(model / "tokenizer_config.json", **{key: str(tmp_path / "other.json")})
-    found = Source.open(model).tokenizer
+    found = SourceModel.open(model).tokenizer
     assert found("def secret(words):")["input_ids"] == before("def secret(words):")["input_ids"]
     assert found.chat_template == before.chat_template
 
 
 @pytest.mark.parametrize("listed", ["../outside.json", "/tmp/outside.json", "a/../../outside.json"])
 def test_a_hub_cannot_name_a_file_outside_its_cache(listed: str, tmp_path: Path) -> None:
-    """What a repository lists becomes paths under the cache, or nothing."""
+    """A file that a repository lists is stored below the cache, or not at all."""
     script = (
         "import sys; import huggingface_hub as h\n"
         "from llm_quantize.errors import InputError\n"
@@ -308,7 +313,7 @@ def test_a_hub_cannot_name_a_file_outside_its_cache(listed: str, tmp_path: Path)
         "try: hub.resolve_model('org/tiny', log=lambda line: None)\n"
         "except InputError as error: print(error)\n"
     )
-    folder = str(Path(serve_check.__file__).parents[2])
+    folder = str(Path(checkpoint_files.__file__).parents[2])
     environment = {
         "HF_HOME": str(tmp_path / "home"),
         "HF_ENDPOINT": "http://127.0.0.1:9",
@@ -387,22 +392,22 @@ def test_a_header_that_lies_is_refused(lie: str, model: Path) -> None:
     refused(model, "a.safetensors is damaged")
     edit(model / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(InputError, match=r"a\.safetensors is damaged"):
-        dequantized(model)
+        QuantizedStore(model)
     if lie != "an unknown type":  # left to vLLM, which reads with the library
-        with pytest.raises(serve_check.Refusal, match="is not a whole safetensors file"):
-            serve_check.read_tensors(model)
+        with pytest.raises(Refusal, match="is not a whole safetensors file"):
+            checkpoint_files.read_tensors(model)
 
 
 def test_a_header_of_gigabytes_is_not_read(model: Path) -> None:
-    """The file is as long as it says, of zeros that take no disk."""
+    """The file is as long as its header says, of zeros that take no disk."""
     path = model / "model.safetensors"
     with open(path, "wb") as file:
         file.write((4 << 30).to_bytes(8, "little"))
         file.truncate((4 << 30) + 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(model, "model.safetensors is damaged")
-    with pytest.raises(serve_check.Refusal, match="is not a whole safetensors file"):
-        serve_check.read_tensors(model)
+    with pytest.raises(Refusal, match="is not a whole safetensors file"):
+        checkpoint_files.read_tensors(model)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
 
 
@@ -446,7 +451,7 @@ def test_absurd_configs_are_refused_and_cost_nothing(case: str, model: Path) -> 
 
 @pytest.mark.parametrize("length", [1 << 20, 1 << 18, 1 << 40])
 def test_buffers_that_grow_with_the_square_of_a_number_in_the_config(length: int, model: Path) -> None:
-    """GPT-BigCode keeps a mask of every position against every other."""
+    """GPT-BigCode keeps a mask of all pairs of positions."""
     from transformers import GPTBigCodeConfig
 
     config = GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=2048)
@@ -493,15 +498,13 @@ def test_the_limit_is_asked_before_memory_is_taken() -> None:
 
 
 def test_tokens_that_the_model_does_not_have(model: Path, tmp_path: Path, capsys: Any) -> None:
-    """On a GPU an index out of range would end the process, and the run with it."""
-    from llm_quantize.model import block_forward
-
-    source = Source.open(model)
+    """On a GPU an index out of range would end the process."""
+    source = SourceModel.open(model)
     for token in (2048, -1):
         with pytest.raises(
             InputError, match="and the model has 2048: give it the tokenizer that belongs to it"
         ):
-            block_forward.embed(source, torch.full((1, 8), token), CPU, CPU, torch.float32)
+            embed(source, torch.full((1, 8), token), CPU, CPU, torch.float32)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append(
         {"id": 5000, "content": " the ", "special": False, "single_word": False, "lstrip": False, "rstrip": False,
@@ -525,12 +528,12 @@ def test_files_are_read_up_to_a_limit(tmp_path: Path) -> None:
             read_limited(path, 4)
 
 
-# --- what is told of this machine -----------------------------------------------------------------------------
+# --- what is published of this machine -----------------------------------------------------------------------------
 
 
-def test_without_places() -> None:
+def test_without_paths() -> None:
     value = {"a": "/home/u/models/x", "b": ["/home/user2/x", "see /home/u/models/x", 3, None], "c": "/home/u"}
-    assert without_places(value, ("/home/u",)) == {
+    assert without_paths(value, ("/home/u",)) == {
         "a": "x",
         "b": ["/home/user2/x", "see /home/u/models/x", 3, None],
         "c": "u",
@@ -538,8 +541,8 @@ def test_without_places() -> None:
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_the_output_tells_nothing_of_the_machine(method: str, model: Path, tmp_path: Path) -> None:
-    """Neither a path nor a user's name, in any file: of the source, the target, the home or the data."""
+def test_the_output_says_nothing_of_the_machine(method: str, model: Path, tmp_path: Path) -> None:
+    """No file holds a path of the source, the target, the home or the data, nor the user's name."""
     home = tmp_path / "home-of-zyxwvut"
     home.mkdir()
     source = Path(shutil.copytree(model, home / "source-model"))
@@ -563,7 +566,7 @@ def test_the_output_tells_nothing_of_the_machine(method: str, model: Path, tmp_p
         "2",
     ]
     words = [w for i, w in enumerate(words) if w != "off" and words[i : i + 2] != ["--eval_data", "off"]]
-    script = Path(serve_check.__file__).parents[2] / f"{method}_quantize.py"
+    script = Path(checkpoint_files.__file__).parents[2] / f"{method}_quantize.py"
     environment = {"HOME": str(home), "USER": "zyxwvut", "LOGNAME": "zyxwvut", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script), *words],
@@ -589,7 +592,7 @@ def test_the_output_tells_nothing_of_the_machine(method: str, model: Path, tmp_p
 
 
 def test_models_are_looked_for_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory of that name wins, and a name that climbs is no hub id."""
+    """A local directory of that name comes first, and a name with `..` is no hub id."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(EMBEDDED_MODEL, tmp_path / "org" / "tiny")
     assert resolve_model("org/tiny", log=lambda line: None) == Path("org/tiny")
@@ -603,7 +606,7 @@ def test_models_are_looked_for_before_the_hub(tmp_path: Path, monkeypatch: pytes
 
 
 def bomb(path: Path, start: bytes, unit: bytes, mebibytes: int) -> Path:
-    """A gzip file of `mebibytes` of a repeated unit, a thousandth of that on disk."""
+    """Write a gzip file of `mebibytes` of a repeated unit, which takes a thousandth of that on disk."""
     with gzip.open(path, "wb", compresslevel=9) as file:
         file.write(start)
         block = unit * ((1 << 20) // len(unit))
@@ -636,7 +639,7 @@ def test_text_that_grows_without_end_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(text_sources, "GROWTH_FREE", 1 << 20)
+    monkeypatch.setattr(local_files, "GROWTH_FREE", 1 << 20)
     data = bomb(tmp_path / name, start, unit, 8)
     assert data.stat().st_size < (8 << 20) / 200
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -650,7 +653,7 @@ def test_text_that_grows_without_end_is_refused(
 
 
 def test_a_value_that_is_stored_once_and_meant_often(tmp_path: Path) -> None:
-    """Five thousand times a text of a megabyte, in a file of some kilobytes: one is in memory at a time."""
+    """A small file holds a text of a megabyte five thousand times: one is in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -670,7 +673,7 @@ def test_a_saved_dataset_cannot_name_what_is_elsewhere(key: str, name: Any, tmp_
     import datasets
 
     data = datasets.Dataset.from_dict({"text": ["some words"]})
-    with text_sources.quiet():
+    with quiet():
         data.save_to_disk(tmp_path / "other")
         datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "saved")
     with text_sources.reading(tmp_path):
@@ -701,7 +704,7 @@ def test_pipes_and_devices_are_no_calibration_data(
 
 
 def test_ordinary_text_that_packs_well_is_read(model: Path, tmp_path: Path) -> None:
-    """Repetitive text shrinks to a twentieth or so: far from what a bomb does."""
+    """Repetitive text shrinks to about a twentieth, a bomb to much less."""
     data = tmp_path / "a.txt.gz"
     with gzip.open(data, "wt") as file:
         for _ in range(8):
@@ -711,7 +714,7 @@ def test_ordinary_text_that_packs_well_is_read(model: Path, tmp_path: Path) -> N
 
 
 def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
-    """pyarrow ends the process where it is asked for such a column's metadata."""
+    """pyarrow would end the process if it were asked for such a column's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -731,7 +734,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
         "    except InputError: told += 1\n"
         "print(told)"
     )
-    folder = str(Path(serve_check.__file__).parents[2])
+    folder = str(Path(checkpoint_files.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)],
         cwd=folder,
@@ -748,7 +751,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
 def test_names_cannot_reach_the_terminal(
     where: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A name may hold control sequences and line ends; what is shown of it is one line of plain characters."""
+    """A name may hold control sequences and line ends; it is shown in one line of plain characters."""
     odd = "\x1b]0;title\x07\x1b[31m\nx"
     index = model / "model.safetensors.index.json"
     if where == "shard":
@@ -762,7 +765,7 @@ def test_names_cannot_reach_the_terminal(
         (model / "config.json").unlink()
     words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), *QUICK]
     assert MAIN["gptq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 2
-    serve_check.main(["cpu", str(model)])
+    serving_main(["cpu", str(model)])
     shown = capsys.readouterr().err
     assert shown.count("\n") == len(shown.splitlines()) <= 2
     assert all(c.isprintable() for c in shown.replace("\n", ""))

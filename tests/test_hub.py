@@ -1,7 +1,7 @@
-"""Models and datasets from a hub on loopback.
+"""Test models and datasets from a hub on loopback.
 
-`huggingface_hub` reads its environment when it is imported, so each environment (online, offline, nobody
-answering) is a process of its own that carries out a list of calls.
+`huggingface_hub` reads its environment when it is imported. So each environment (online, offline, a hub that does not
+answer) has a process of its own, which makes a list of calls.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ from hub_server import HubServer
 SOURCES = Path(__file__).parents[1] / "inference" / "quantize"
 EMBEDDED = SOURCES / "embedded" / "model"
 
-# Carries out calls, each a function of this script and its arguments; answers with their values or errors.
+# Reads a list of calls, each a function of this script with its arguments; prints their values or errors.
 CHILD = """
 import json, sys
-from llm_quantize.calibration import text_sources
-from llm_quantize.calibration.windows import load_windows
-from llm_quantize.config import CalibrationConfig
+from llm_quantize.calibration import hub_datasets
+from llm_quantize.calibration.windows import CalibrationConfig, load_windows
 from llm_quantize.errors import InputError
 from llm_quantize.io import hub
 
-def hurry(seconds):
-    hub.HUB_TIMEOUT = text_sources.HUB_TIMEOUT = seconds
+def set_timeout(seconds):
+    hub.HUB_TIMEOUT = seconds
 
 def model(path, **options):
     snapshot = hub.resolve_model(path, log=lambda line: None, **options)
     return {str(p.relative_to(snapshot)): p.stat().st_size for p in snapshot.rglob("*") if p.is_file()}
 
-def windows(data, limit=text_sources.DOWNLOAD_LIMIT, **options):
+def windows(data, limit=hub_datasets.DOWNLOAD_LIMIT, **options):
     from transformers import PreTrainedTokenizerFast
-    text_sources.DOWNLOAD_LIMIT = limit
+    hub_datasets.DOWNLOAD_LIMIT = limit
     tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
     lines = []
     config = CalibrationConfig(**{"data": data, "samples": 8, "seq_len": 32, **options})
@@ -69,7 +68,7 @@ def words(start: int, count: int) -> str:
 
 
 def wikitext_rows() -> list[str]:
-    """Rows as Salesforce/wikitext has them: lines of articles, blank ones between."""
+    """Return rows as in Salesforce/wikitext: lines of articles, with blank lines between."""
     rows = []
     for article in range(20):
         start = article * 40
@@ -80,12 +79,12 @@ def wikitext_rows() -> list[str]:
 @dataclass
 class Hub:
     server: HubServer
-    home: Path  # HF_HOME of the processes that share a cache
+    home: Path  # the value of HF_HOME: processes share this cache
     model: Path
     tokenizer: Path
 
     def run(self, calls: list[tuple[Any, ...]], **environment: str) -> list[dict[str, Any]]:
-        """Carries out `calls`, each (function, argument, options), in a process of its own."""
+        """Make `calls`, each (function, argument, options), in a new process; return their answers."""
         settings = {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), **environment}
         kept = {
             k: v
@@ -136,7 +135,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def make_model(path: Path) -> Path:
-    """The embedded model, and files beside it that stay behind."""
+    """Copy the embedded model, and add files that a snapshot must leave out."""
     shutil.copytree(EMBEDDED, path)
     (path / "original").mkdir()
     for name in (
@@ -151,7 +150,7 @@ def make_model(path: Path) -> Path:
 
 
 def make_tokenizer(path: Path) -> Path:
-    """A tokenizer of a thousand words, w0 to w999."""
+    """Save a tokenizer of a thousand words, w0 to w999."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -200,7 +199,7 @@ def make_pile(path: Path) -> Path:
 
 
 def make_rows(path: Path) -> Path:
-    """Neither a README nor a column called text."""
+    """Write a dataset without a README and without a column named text."""
     write_parquet(path / "train.parquet", {"body": [words(0, 500)], "number": [1]})
     return path
 
@@ -211,8 +210,8 @@ def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
 
 
 MODEL_FILES = {p.name for p in EMBEDDED.iterdir()}
-BlockKwargs = dict[str, tuple[str, str, dict[str, Any]]]
-ONLINE: BlockKwargs = {
+Calls = dict[str, tuple[str, str, dict[str, Any]]]
+ONLINE: Calls = {
     "model": ("model", "org/tiny", {}),
     "model revision": ("model", "org/tiny@main", {}),
     "model code": ("model", "org/tiny", {"trust_remote_code": True}),
@@ -241,13 +240,13 @@ ONLINE: BlockKwargs = {
     "no dataset": ("windows", "org/absent", {}),
     "gated dataset": ("windows", "org/gated", {}),
 }
-OFFLINE: BlockKwargs = {
+OFFLINE: Calls = {
     "model": ("model", "org/tiny", {}),
     "not cached": ("model", "org/other", {}),
     "wikitext": ("windows", "wikitext", {}),
     "c4": ("windows", "c4", {}),
 }
-REFUSED: BlockKwargs = {"model": ("model", "org/tiny", {}), "wikitext": ("windows", "wikitext", {})}
+REFUSED: Calls = {"model": ("model", "org/tiny", {}), "wikitext": ("windows", "wikitext", {})}
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +268,7 @@ def offline(hub: Hub, online: dict[str, Any]) -> dict[str, dict[str, Any]]:
         ("pickled", {"config.json", "pytorch_model.bin"}),
     ],
 )
-def test_a_snapshot_holds_what_a_checkpoint_is_made_of(
+def test_a_snapshot_holds_the_files_of_a_checkpoint(
     hub: Hub, online: dict[str, Any], case: str, files: set[str]
 ) -> None:
     source = hub.model if case.startswith("model") else hub.model.parent / "pickled"
@@ -296,7 +295,7 @@ def test_windows_come_from_the_hub(online: dict[str, Any], case: str, source: st
 
 
 def test_lines_of_wikitext_become_articles(online: dict[str, Any]) -> None:
-    # Within an article words count upwards through headings; the next one follows EOS.
+    # Within an article, word numbers rise by one, across headings; EOS separates articles.
     headings = 0
     for article in online["wikitext"]["value"]["text"].split("<eos>"):
         numbers = [int(word[1:]) for word in article.split() if word != "="]
@@ -345,7 +344,7 @@ def test_the_seed_decides(online: dict[str, Any]) -> None:
         ("gated dataset", "datasets/org/gated"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(online: dict[str, Any], case: str, line: str) -> None:
+def test_refusals_of_the_hub_are_one_line(online: dict[str, Any], case: str, line: str) -> None:
     assert line in online[case]["error"]
     assert "\n" not in online[case]["error"]
 
@@ -362,14 +361,14 @@ def test_the_cache_serves_without_a_network(online: dict[str, Any], offline: dic
         ("c4", ["dataset allenai/c4", "Without the hub, --calib_data takes a local .txt"]),
     ],
 )
-def test_offline_is_told_in_one_line(offline: dict[str, Any], case: str, lines: list[str]) -> None:
+def test_offline_refusals_are_one_line(offline: dict[str, Any], case: str, lines: list[str]) -> None:
     for line in lines:
         assert line in offline[case]["error"]
 
 
-def test_nobody_answers(hub: Hub, tmp_path: Path) -> None:
+def test_an_unreachable_hub(hub: Hub, tmp_path: Path) -> None:
     closed = HubServer()
-    closed._server.server_close()  # its port was free a moment ago, and nobody listens there now
+    closed._server.server_close()  # now its port refuses connections
     answers = hub.run(list(REFUSED.values()), HF_ENDPOINT=closed.url, HF_HOME=str(tmp_path))
     for kind, answer in zip(("model org/tiny", "dataset Salesforce/wikitext"), answers, strict=True):
         assert answer["error"].startswith(f"cannot reach the hub at {closed.url} for {kind} (")
@@ -377,8 +376,8 @@ def test_nobody_answers(hub: Hub, tmp_path: Path) -> None:
     assert "--calib_data takes a local .txt" in answers[1]["error"]
 
 
-def test_a_silent_hub_is_asked_once_and_not_waited_for(hub: Hub, tmp_path: Path) -> None:
-    """Who takes the connection and never answers: without a time limit the run would hang for good."""
+def test_a_silent_hub_is_asked_once_until_the_timeout(hub: Hub, tmp_path: Path) -> None:
+    """Test a hub that accepts connections but never answers: without a time limit, a run would never end."""
     asked: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -390,7 +389,7 @@ def test_a_silent_hub_is_asked_once_and_not_waited_for(hub: Hub, tmp_path: Path)
         thread = threading.Thread(target=take, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        calls: list[tuple[Any, ...]] = [("hurry", 1, {}), *REFUSED.values()]
+        calls: list[tuple[Any, ...]] = [("set_timeout", 1, {}), *REFUSED.values()]
         _, *answers = hub.run(calls, HF_ENDPOINT=url, HF_HOME=str(tmp_path))
         listening.shutdown(socket.SHUT_RDWR)
         thread.join()
@@ -400,7 +399,7 @@ def test_a_silent_hub_is_asked_once_and_not_waited_for(hub: Hub, tmp_path: Path)
     assert len(asked) == 2
 
 
-def test_the_cache_serves_where_nobody_answers(hub: Hub, online: dict[str, Any]) -> None:
+def test_the_cache_serves_where_the_hub_is_unreachable(hub: Hub, online: dict[str, Any]) -> None:
     closed = HubServer()
     closed._server.server_close()
     (answer,) = hub.run([REFUSED["model"]], HF_ENDPOINT=closed.url)

@@ -1,4 +1,4 @@
-"""A journal lists what is intact: torn and damaged lines end it."""
+"""Test that a journal lists its intact entries: it ends at the first damaged line."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def write(path: Path, entries: list[dict[str, Any]]) -> bytes:
     return path.read_bytes()
 
 
-def test_what_was_appended_is_read(tmp_path: Path) -> None:
+def test_appended_entries_are_read(tmp_path: Path) -> None:
     data = write(tmp_path / "journal", ENTRIES)
     assert Journal(tmp_path / "journal").entries == ENTRIES
     assert data.count(b"\n") == len(ENTRIES)
     assert Journal(tmp_path / "none").entries == []
 
 
-def test_every_torn_end_is_dropped_and_written_over(tmp_path: Path) -> None:
+def test_every_cut_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     data = write(path, ENTRIES)
     for length in range(len(data)):
@@ -46,7 +46,7 @@ def test_every_torn_end_is_dropped_and_written_over(tmp_path: Path) -> None:
         assert path.read_bytes() == data
 
 
-def test_every_flipped_bit_ends_it(tmp_path: Path) -> None:
+def test_every_flipped_bit_ends_the_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     data = write(path, ENTRIES)
     for index in range(len(data)):
@@ -56,7 +56,7 @@ def test_every_flipped_bit_ends_it(tmp_path: Path) -> None:
         assert Journal(path).entries == ENTRIES[: data[:index].count(b"\n")]
 
 
-def test_fewer_can_be_kept(tmp_path: Path) -> None:
+def test_fewer_entries_can_be_kept(tmp_path: Path) -> None:
     write(tmp_path / "journal", ENTRIES)
     log = Journal(tmp_path / "journal")
     log.keep(1)
@@ -65,7 +65,7 @@ def test_fewer_can_be_kept(tmp_path: Path) -> None:
     assert Journal(tmp_path / "journal").entries == [ENTRIES[0], {"new": 1}]
 
 
-def test_a_file_of_absurd_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "journal", ENTRIES)
     monkeypatch.setattr(journal, "MAX_BYTES", 10)
     assert Journal(tmp_path / "journal").entries == []

@@ -1,7 +1,7 @@
-"""Each Triton kernel against its PyTorch twin, and the twins against float64.
+"""Compare each Triton kernel with its PyTorch twin, and the twins with float64.
 
-The kernels run on the GPU where there is one, else in Triton's interpreter, which has to be chosen before
-Triton is imported: one test here starts this file again in a process of its own.
+The kernels run on the GPU where there is one, else in Triton's interpreter. It has to be chosen before Triton is
+imported: one test here runs this file again in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from llm_quantize.kernels.precision import (
     representable,
     split,
     split_fourfold,
-    tensor_cores,
 )
 from llm_quantize.kernels.scale_search import can_search, search_groups
 from llm_quantize.kernels.streams import SideStream
 from llm_quantize.solver import qparams
-from llm_quantize.solver.qparams import QParams, QuantScheme, ScaleSearch
+from llm_quantize.solver.compensation import compensate, descend, output_forms, relative_error
+from llm_quantize.solver.factorization import Factor, factorize
+from llm_quantize.solver.qparams import QParams, ScaleSearch, dequantize
+from llm_quantize.types import QuantScheme
 from seams import KERNELS, everywhere
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,10 +78,10 @@ def test_kernels_in_the_interpreter() -> None:
     assert int(passed[1]) >= 20
 
 
-_FLOAT = ["levels", "middle", "zero_min"]
-_DESCENT = {"REFIT": True, "HALF": True, "BRAIN": True, "C": 128, "S": 16, "B": 8, "K": 64}
+_FLOAT = ["qmax", "middle", "zero_min"]
+_DESCENT = {"REFIT": True, "TO_FP16": True, "TO_BF16": True, "C": 128, "S": 16, "B": 8, "K": 64}
 _COLUMNS = {"C": 128, "S": 16, "K": 32}
-_SEARCH = {"HALF": True, "BRAIN": True, "PRECISION": "tf32", "g": 128, "B": 64}
+_SEARCH = {"TO_FP16": True, "TO_BF16": True, "PRECISION": "tf32", "g": 128, "B": 64}
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
@@ -87,27 +89,27 @@ _SEARCH = {"HALF": True, "BRAIN": True, "PRECISION": "tf32", "g": 128, "B": 64}
 @pytest.mark.parametrize(
     ("name", "pointers", "constants"),
     [
-        ("descend", "gradient missing q:u8 delta:fp16 scale zero H coupled:fp16 column_units row_units",
-         {"MISSING": False, "SPAN": True, "UNITS": True, **_DESCENT}),
-        ("descend", "gradient missing q:u8 delta scale zero H coupled column_units row_units",
-         {"MISSING": True, "SPAN": False, "UNITS": False, **_DESCENT}),
-        ("compensate", "work errors q:u8 scale zero group:i64 R", {"SPAN": True, "B": 8, **_COLUMNS}),
-        ("compensate", "work errors q:u8 scale zero group:i64 R", {"SPAN": False, "B": 16, **_COLUMNS}),
-        ("search", "weights metric factors losses scales zeros", {"SYMMETRIC": True, **_SEARCH}),
-        ("search", "weights metric factors losses scales zeros", {"SYMMETRIC": False, **_SEARCH}),
+        ("descend", "gradient pending q:u8 delta:fp16 scale zero H coupled:fp16 column_units row_units",
+         {"PENDING": False, "SEVERAL": True, "UNITS": True, **_DESCENT}),
+        ("descend", "gradient pending q:u8 delta scale zero H coupled column_units row_units",
+         {"PENDING": True, "SEVERAL": False, "UNITS": False, **_DESCENT}),
+        ("compensate", "work errors q:u8 scale zero group:i64 R", {"SEVERAL": True, "B": 8, **_COLUMNS}),
+        ("compensate", "work errors q:u8 scale zero group:i64 R", {"SEVERAL": False, "B": 16, **_COLUMNS}),
+        ("search", "weights blocks factors losses scales zeros", {"SYMMETRIC": True, **_SEARCH}),
+        ("search", "weights blocks factors losses scales zeros", {"SYMMETRIC": False, **_SEARCH}),
         ("error", "W q:u8 scale zero columns result:fp16", {"N": 64}),
         ("halved", "x minus rows columns out:fp16", {"MINUS": True, "COLUMNS": True, "N": 1024}),
         ("fourfold", "x out:fp16", {"N": 1024}),
         ("split", "x high low", {"N": 1024}),
         ("permute", "x y:fp64 order:i64 factor", {"N": 2048}),
-        ("transpose", "x:u8 y:u8 index:i64", {"TAKEN": True, "TO": False, "N": 64}),
+        ("transpose", "x:u8 y:u8 index:i64", {"SOURCE": True, "TARGET": False, "N": 64}),
         ("turn", "A factor", {"N": 1024}),
         ("divide", "H scale", {"N": 1024}),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isalpha() else "",
 )  # fmt: skip
 def test_kernels_compile(name: str, pointers: str, constants: dict[str, object]) -> None:
-    """For a GPU that need not be there: the interpreter takes what the compiler refuses, of types above all."""
+    """Compile for a GPU, which need not be there: the interpreter accepts types that the compiler refuses."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -128,17 +130,15 @@ def test_kernels_compile(name: str, pointers: str, constants: dict[str, object])
     assert compiled.asm["cubin"]
 
 
-class Started:
-    """In a kernel's place: what is asked of it."""
-
-    arg_names = ("x", "n", "N")
+class Recorded:
+    """A kernel that records how it is compiled, loaded and launched."""
 
     def __init__(self) -> None:
         self.compiled: list[tuple[object, ...]] = []
         self.launched: list[tuple[object, ...]] = []
         self.loaded = 0
 
-    def warmup(self, *args: object, **options: object) -> Started:
+    def warmup(self, *args: object, **options: object) -> Recorded:
         self.compiled.append((*args, options))
         return self
 
@@ -156,14 +156,14 @@ class Started:
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 def test_kernels_are_compiled_together_and_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    kernel, x, device = Started(), torch.zeros(4), torch.device("cuda", 1)
+    kernel, x, device = Recorded(), torch.zeros(4), torch.device("cuda", 1)
     given: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", given.append)
 
     def work() -> None:
         launch(kernel, (2,), x, 4, warps=1, N=16)
         launch(kernel, (3,), x, 4, warps=1, N=16)
-        raise RuntimeError("for want of a result")
+        raise RuntimeError("no results")
 
     compile_together(work, device)
     asked = [(x, 4, {"grid": grid, "num_warps": 1, "N": 16}) for grid in ((2,), (3,))]
@@ -178,25 +178,24 @@ def test_kernels_are_compiled_together_and_not_started(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("why", ["old", "interpreted", "absent"])
 def test_nothing_is_compiled_together(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor anything done that would need results."""
+    """Where kernels cannot be compiled together, the work is not called."""
     if why == "old":
         monkeypatch.setattr(launcher, "triton_since", lambda *_: False)
     elif why == "interpreted":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     else:
         monkeypatch.setattr(launcher, "triton", None)
-    compile_together(lambda: pytest.fail("begun"), torch.device("cuda", 0))
+    compile_together(lambda: pytest.fail("called"), torch.device("cuda", 0))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
-def test_what_is_compiled_together_is_found() -> None:
-    """By the launch that follows, and loaded: nothing is compiled twice."""
+def test_launch_finds_what_is_compiled_together() -> None:
+    """The launch that follows finds the kernel loaded and does not compile it again."""
     x = torch.randn(8, 4096, device="cuda")
     high, low = torch.zeros(2, 8, 4096, device="cuda")
     cache = precision._split_kernel.device_caches[x.device.index][0]
     cache.clear()
-    launcher._COMPILED.clear()
     compile_together(lambda: precision._split_triton(x, high, low), x.device)
     (compiled,) = cache.values()
     assert compiled.module is not None
@@ -224,7 +223,8 @@ def weights(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def grids(columns: int, out: int, groups: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_qparams(columns: int, out: int, groups: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale and zero (groups, out), some scales negative, and a random group of each column."""
     generator = torch.Generator().manual_seed(2)
     scale = (0.2 / qmax) * (0.7 + torch.rand(groups, out, generator=generator))
     scale[0, ::3] *= -1
@@ -239,34 +239,49 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute the twins' products in float32, which the kernels' are close to: in TF32 more integers would differ."""
+
+    def addmm_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+        out.addmm_(a, b, alpha=alpha, beta=beta)
+
+    everywhere(monkeypatch, "tf32_addmm_", addmm_)
+    everywhere(monkeypatch, "tf32_matmul", torch.matmul)
+
+
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["twin", "kernel"])
 def twin_or_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs: first the twins, then the kernels."""
+    """Run a test with the twins, then with the kernels."""
     if request.param and DEVICE == "cpu" and not INTERPRETED:
         pytest.skip("needs a CUDA device (or Triton's interpreter)")
     everywhere(monkeypatch, "on_triton", lambda _: request.param)
 
 
+def emulated_tf32_addmm_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """Compute `tf32_addmm_` on inputs rounded as a GPU's tensor cores round them."""
+
+    def rounded(x: Tensor) -> Tensor:
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+    out.addmm_(rounded(a), rounded(b), alpha=alpha, beta=beta)
+
+
 @pytest.fixture(params=["plain", "three products", "halves"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With plain products; or all split in three, on rounded inputs as tensor cores take them, small pieces each; or so
-    where they are of single precision, and those of half precision as one."""
+    """Run a test with plain products, with threefold products, and with those of half precision too.
+
+    Threefold products are emulated, in small pieces.
+    """
     kind: str = request.param
     if kind == "halves":
         request.getfixturevalue("halves")
     else:
         monkeypatch.setattr(cholesky, "has_half_products", lambda _: False)
     if kind != "plain":
-
-        def rounded(x: Tensor) -> Tensor:
-            bits = x.contiguous().view(torch.int32)
-            return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-
-        def emulated(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-            out.addmm_(rounded(a), rounded(b), alpha=alpha, beta=beta)
-
         monkeypatch.setattr(cholesky, "_threefold", lambda a, b: a.dtype == torch.float32)
-        monkeypatch.setattr(cholesky, "_tf32_", emulated)
+        monkeypatch.setattr(cholesky, "tf32_addmm_", emulated_tf32_addmm_)
         monkeypatch.setattr(cholesky, "DEPTH", 100)
     monkeypatch.setattr(cholesky, "PANEL", 128)
     monkeypatch.setattr(cholesky, "WIDE", 200)
@@ -279,7 +294,7 @@ def off(found: Tensor, truth: Tensor) -> float:
 
 
 def diagonal_blocks(L: Tensor, inverses: list[Tensor]) -> list[Tensor]:
-    """Those of a triangle that `inverses` are of; they cover its diagonal."""
+    """Return the diagonal blocks of `L` to which `inverses` belong; they must cover the diagonal."""
     edges = list(accumulate((len(inverse) for inverse in inverses), initial=0))
     assert edges[-1] == len(L)
     return [L[a:b, a:b] for a, b in pairwise(edges)]
@@ -299,14 +314,14 @@ def test_cholesky(n: int, products: str) -> None:
         plain = diagonal_blocks(torch.linalg.cholesky(H.to(A.dtype)), inverses)
         expected = [torch.linalg.inv(block) for block in diagonal_blocks(truth, inverses)]
         assert all(torch.equal(inverse, inverse.tril()) for inverse in inverses)
-        # No further off than routines of the library in the same precision, but for a factor; the worst of all, since
-        # a block of few columns may come out right to the last bit by chance.
+        # As accurate as the library in the same precision, up to a factor. Compared are the worst blocks, since the
+        # library may invert a block of few columns exactly by chance.
         ours = max(map(off, inverses, expected))
         assert ours < 4 * max(map(off, map(torch.linalg.inv, plain), expected)) + 1e-7
 
 
 @pytest.mark.parametrize("where", [3, 127, 128, 400, 599])
-def test_cholesky_tells_that_there_is_none(where: int, products: str) -> None:
+def test_cholesky_reports_failure(where: int, products: str) -> None:
     for bad in (-1.0, float("nan")):
         A = random_hessian(600).float().to(DEVICE)
         A[where, where] = bad
@@ -323,7 +338,7 @@ def test_three_products_are_as_good_as_float32(m: int, k: int, n: int, products:
     out, once = c.clone(), c.clone()
     cholesky.product_(out, a, b, alpha=-2.0, beta=0.5)
     assert off(out, truth) < 3 * off(c * 0.5 - 2 * (a @ b), truth)
-    cholesky._tf32_(once, a, b, -2.0, 0.5)
+    emulated_tf32_addmm_(once, a, b, alpha=-2.0, beta=0.5)
     assert off(once, truth) > 50 * off(out, truth)
     turned = c.clone()
     cholesky.product_(turned, a, b.T.contiguous().T, alpha=-2.0, beta=0.5)
@@ -385,7 +400,7 @@ def test_halved_error() -> None:
     out, width, size = 70, 120, 40
     W, columns = weights(out, width), 2.0 ** (torch.arange(out) % 12)
     W[5, 6] = 1e9
-    scale, zero, _ = grids(width, width // size, out, 15)
+    scale, zero, _ = random_qparams(width, width // size, out, 15)
     q = torch.randint(0, 16, (out, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     V = (q.double() - zero.repeat_interleave(size, 1).double()) * scale.repeat_interleave(size, 1).double()
     expected = ((W.double() - V).T * columns).clamp(-65504, 65504)
@@ -393,6 +408,17 @@ def test_halved_error() -> None:
     found = halved_error(W, q, scale, zero, size, columns)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double().cpu(), expected, atol=1e-6, rtol=2.0**-10)
+
+
+def test_dequantize_groups() -> None:
+    """The columns share among the groups of `scale` evenly; else there is no value."""
+    q = torch.tensor([[0, 1, 2, 15], [8, 8, 7, 0]], dtype=torch.uint8)
+    scale, zero = torch.tensor([[0.5, -2.0], [1.0, 4.0]]), torch.tensor([[8.0, 2.0], [0.0, 7.0]])
+    found = precision.dequantize_groups(q, scale, zero)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[-4.0, -3.5, 0.0, -26.0], [8.0, 8.0, 0.0, -28.0]]
+    with pytest.raises(RuntimeError):
+        precision.dequantize_groups(q[:, :3], scale, zero)
 
 
 def test_power_of_two() -> None:
@@ -405,7 +431,7 @@ def test_power_of_two() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 130), (128, 64)])
 def test_transposition(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """There and back, in any order; the kernel on a GPU as PyTorch without one."""
+    """Transpose in any order, and back."""
     generator = torch.Generator().manual_seed(0)
     (wide,) = on_device(torch.randint(0, 256, (shape[0], shape[1] + 3), generator=generator).to(dtype))
     x = wide[:, 2 : 2 + shape[1]]
@@ -426,8 +452,8 @@ def test_transposition_kernel(shape: tuple[int, int]) -> None:
     inverse = torch.argsort(order)
     y = x.new_empty(shape[::-1])
     assert torch.equal(permutation._transpose_triton(x, y), x.T)
-    assert torch.equal(permutation._transpose_triton(x, y, to=inverse), x.T[order])
-    assert torch.equal(permutation._transpose_triton(y, torch.empty_like(x), taken=inverse), x)
+    assert torch.equal(permutation._transpose_triton(x, y, target=inverse), x.T[order])
+    assert torch.equal(permutation._transpose_triton(y, torch.empty_like(x), source=inverse), x)
 
 
 @pytest.mark.usefixtures("twin_or_kernel")
@@ -451,15 +477,15 @@ def test_whole_matrices_in_place(n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
-def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With triangles factored on a stream of their own as without, to the last bit."""
+def test_cholesky_on_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triangles on the side stream give the same bits as triangles on the caller's stream."""
     H = random_hessian(1500).float().to(DEVICE)
     monkeypatch.setattr(cholesky, "PANEL", 128)
     monkeypatch.setattr(cholesky, "WIDE", 256)
     monkeypatch.setattr(cholesky, "WHOLE", 0)
-    beside, found = SideStream.stream, []
-    for stream in (lambda self, behind=True: nullcontext(), beside, beside, beside):
-        monkeypatch.setattr(SideStream, "stream", stream)
+    plain, found = SideStream.use, []
+    for use in (lambda self, behind=True: nullcontext(), plain, plain, plain):
+        monkeypatch.setattr(SideStream, "use", use)
         A = H.clone()
         failed, inverses = cholesky.cholesky_(A)
         torch.randn(2048, 2048, device=DEVICE) @ torch.randn(2048, 2048, device=DEVICE)
@@ -469,12 +495,12 @@ def test_cholesky_beside_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 100, 128, 129, 600])
-def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_cholesky(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "PANEL", 128)
     H = random_hessian(n)
     truth = torch.linalg.cholesky(H)
     A = H.clone()
-    failed, inverses = cholesky._by_the_library_(A)
+    failed, inverses = cholesky._library_cholesky_(A)
     assert not bool(failed)
     torch.testing.assert_close(A, truth, rtol=0, atol=1e-12)
     for block, inverse in zip(diagonal_blocks(truth, inverses), inverses, strict=True):
@@ -486,7 +512,7 @@ def test_cholesky_by_the_library(n: int, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("whole", [0, 4096])
 def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large enough for the tensor cores, where they are taken."""
+    """Factor a matrix large enough for the tensor cores, where the GPU's are fast."""
     n = 3000
     monkeypatch.setattr(cholesky, "WHOLE", whole)
     H = random_hessian(n)
@@ -504,10 +530,10 @@ def test_factorization_on_the_gpu(whole: int, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("qmax", [3, 15, 255])
 def test_compensation_against_float64(qmax: int) -> None:
-    """The recursion as the paper writes it, one column at a time over the whole row, in float64."""
+    """Compare with the recursion as the paper writes it, one column at a time over the whole row, in float64."""
     columns, out = 24, 7
     work, R = weights(columns, out), upper_factor(columns)
-    scale, zero, group = grids(columns, out, 3, qmax)
+    scale, zero, group = random_qparams(columns, out, 3, qmax)
     W, V = work.double().clone(), torch.empty(columns, out, dtype=torch.float64)
     expected = torch.empty(columns, out, dtype=torch.uint8)
     for j in range(columns):
@@ -530,20 +556,19 @@ def test_compensation_against_float64(qmax: int) -> None:
 @pytest.mark.parametrize(("columns", "out", "qmax"), [(128, 40, 15), (96, 33, 255), (1, 5, 3), (17, 16, 7)])
 @_kernel_test
 def test_compensate_kernel(columns: int, out: int, qmax: int) -> None:
-    R = torch.randn(
-        columns, columns + 9
-    )  # a view with wide rows, and below the diagonal what must not be read
+    # A view into wider rows, with numbers below the diagonal that must not be read.
+    R = torch.randn(columns, columns + 9)
     R[:, :columns] = upper_factor(columns) + torch.full((columns, columns), 1e3).tril(-1)
     work, wide = on_device(weights(columns, out), R)
     R = wide[:, :columns]
-    scale, zero, group = on_device(*grids(columns, out, 5, qmax))
+    scale, zero, group = on_device(*random_qparams(columns, out, 5, qmax))
     twin = work.clone()
     q, q_twin = (torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     errors, errors_twin = torch.empty_like(work), torch.empty_like(work)
     whole = slice(0, columns)
     gptq_columns._compensate_triton(Rounding(work, scale, zero, group, R, qmax, q, errors), whole)
     gptq_columns._compensate_torch(Rounding(twin, scale, zero, group, R, qmax, q_twin, errors_twin), whole)
-    # A row whose sums fell on the other side of a tie goes another way from there; at most a few do.
+    # Where a sum falls on the other side of a tie, the rest of the row differs too; that happens to a few rows at most.
     same = (q == q_twin).all(dim=0)
     assert float(same.float().mean()) > 0.9
     torch.testing.assert_close(work[:, same], twin[:, same], atol=0, rtol=0)
@@ -551,11 +576,12 @@ def test_compensate_kernel(columns: int, out: int, qmax: int) -> None:
 
 
 @pytest.mark.usefixtures("twin_or_kernel")
-def test_parts_are_as_if_cut_out() -> None:
+def test_a_part_gives_the_same_as_its_own_tensors() -> None:
+    """Columns in the middle of larger tensors give the same bits as tensors of these columns alone."""
     width, out, part, first = 96, 21, slice(32, 64), 16
     R = upper_factor(width).contiguous()
     W, R, H = on_device(weights(width, out), R, random_hessian(width).float())
-    scale, zero, group = on_device(*grids(width, out, 3, 15))
+    scale, zero, group = on_device(*random_qparams(width, out, 3, 15))
     works = W.clone(), W.clone()
     qs = [torch.full((width, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     errors = [torch.zeros_like(W) for _ in range(2)]
@@ -568,17 +594,17 @@ def test_parts_are_as_if_cut_out() -> None:
         assert torch.equal(*pair)
     assert not torch.equal(works[0], W)
     q = qs[0].clamp(max=15)
-    gradient, missing = H @ (W - works[0]), torch.zeros(32, out, device=DEVICE)
+    gradient, pending = H @ (W - works[0]), torch.zeros(32, out, device=DEVICE)
     qs, scales = [q.clone(), q.clone()], [scale.clone(), scale.clone()]
     changes = [torch.zeros(width - first, out, dtype=torch.float16, device=DEVICE) for _ in range(2)]
     units = (2.0 ** (torch.arange(width, device=DEVICE) % 3), 2.0 ** (torch.arange(out, device=DEVICE) % 5))
     whole = Descent(gradient, scales[0], zero, H, 15, qs[0], changes[0], HALVES, 32, units)
-    descend_columns(whole, part, first, missing)
+    descend_columns(whole, part, first, pending)
     cut = Descent(
         gradient[part], scales[1][1:2], zero[1:2], H[part, part], 15, qs[1][part], changes[1][16:48], HALVES, 32,
         (units[0][part], units[1]),
     )  # fmt: skip
-    descend_columns(cut, slice(0, 32), 0, missing)
+    descend_columns(cut, slice(0, 32), 0, pending)
     for pair in (qs, scales, changes):
         assert torch.equal(*pair)
     assert not torch.equal(qs[0], q)
@@ -587,9 +613,9 @@ def test_parts_are_as_if_cut_out() -> None:
 @pytest.mark.parametrize(("columns", "out"), [(300, 21), (128, 40), (512, 16)])
 @_kernel_test
 def test_compensate_several_pieces(columns: int, out: int) -> None:
-    """A kernel that takes several pieces as the twin with a product between them."""
+    """A kernel that takes several pieces gives the same as the twin with a product between pieces."""
     R = upper_factor(columns).contiguous()
-    W, R, scale, zero, group = on_device(weights(columns, out), R, *grids(columns, out, 3, 15))
+    W, R, scale, zero, group = on_device(weights(columns, out), R, *random_qparams(columns, out, 3, 15))
     works, errors = (W.clone(), W.clone()), (torch.empty_like(W), torch.empty_like(W))
     qs = [torch.full((columns, out), 99, dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     ours, twin = (
@@ -601,7 +627,7 @@ def test_compensate_several_pieces(columns: int, out: int) -> None:
         works[1][part].addmm_(R[:start, part].T, errors[1][:start], alpha=-1.0)
         gptq_columns._compensate_torch(twin, part)
     same = (qs[0] == qs[1]).all(dim=0)
-    assert float(same.float().mean()) > 0.5  # a row may part ways at a near tie
+    assert float(same.float().mean()) > 0.5  # a row may differ from a near tie on
     torch.testing.assert_close(works[0][:, same], works[1][:, same], atol=0, rtol=0)
     torch.testing.assert_close(errors[0][:, same], errors[1][:, same], atol=2e-4, rtol=1e-2)
 
@@ -618,11 +644,11 @@ def test_descend_several_pieces(
     halves: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A kernel that takes several pieces as the twin with a product between them; not from the first column on."""
+    """A kernel that takes several pieces, from the middle on, gives the same as the twin with products between."""
     width, out, begin, end = 768, 24, 256, 768
     everywhere(monkeypatch, "on_triton", lambda _: True)
     W, H = on_device(weights(width, out), random_hessian(width).float())
-    scale, zero = on_device(*grids(width, out, width // size, 15)[:2])
+    scale, zero = on_device(*random_qparams(width, out, width // size, 15)[:2])
     scale = representable(scale, HALVES)
     group = torch.arange(width, device=DEVICE) // size
     q = ((W / scale[group]).round() + zero[group]).clamp(0, 15).to(torch.uint8)
@@ -641,8 +667,8 @@ def test_descend_several_pieces(
     )
     descend_pieces(ours, pieces)
     for part in pieces:
-        missing = coupled[part, begin : part.start].float() @ made[1][: part.start - begin].float()
-        coordinate_descent._descend_torch(twin, part, begin, missing)
+        pending = coupled[part, begin : part.start].float() @ made[1][: part.start - begin].float()
+        coordinate_descent._descend_torch(twin, part, begin, pending)
     assert not torch.equal(qs[0], q)
     same = (qs[0] == qs[1]).all(dim=0) & (scales[0] == scales[1]).all(dim=0)
     assert float(same.float().mean()) > 0.5
@@ -652,12 +678,12 @@ def test_descend_several_pieces(
 
 @_kernel_test
 def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tiles have sixteen rows, and each launch is its own: the same integers, but for another order of sums."""
+    """An older Triton has tiles of sixteen rows; it gives nearly the same integers."""
     columns, out = 256, 40
     W, H, R = on_device(
         weights(columns, out), random_hessian(columns).float(), upper_factor(columns).contiguous()
     )
-    scale, zero, group = on_device(*grids(columns, out, 2, 15))
+    scale, zero, group = on_device(*random_qparams(columns, out, 2, 15))
     found = []
     for since in (triton_since, lambda *_: False):
         everywhere(monkeypatch, "triton_since", since)
@@ -674,7 +700,7 @@ def test_older_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Piece:
-    """Columns of one group in the middle of a descent, on `device`; `missing` of the gradient is held apart."""
+    """Columns of one group in the middle of a descent, whose gradient has not received the update `pending`."""
 
     def __init__(
         self,
@@ -682,28 +708,28 @@ class Piece:
         out: int,
         qmax: int,
         *,
-        missing: bool = True,
+        pending: bool = True,
         units: bool = False,
         dtype: torch.dtype,
     ) -> None:
-        scale, zero, _ = grids(columns, out, 1, qmax)
+        scale, zero, _ = random_qparams(columns, out, 1, qmax)
         self.qmax = qmax
         self.W = weights(columns, out).to(dtype)
         self.H = random_hessian(columns).to(dtype)
         self.scale, self.zero = representable(scale[0], HALVES).to(dtype), zero[0].to(dtype)
         self.q = ((self.W / self.scale).round() + self.zero).clamp(0, qmax).to(torch.uint8)
         self.gradient = self.H @ (self.W - self.value)
-        self.missing = 0.1 * torch.randn_like(self.gradient) if missing else None
-        if self.missing is not None:
-            self.gradient += self.missing
+        self.pending = 0.1 * torch.randn_like(self.gradient) if pending else None
+        if self.pending is not None:
+            self.gradient += self.pending
         self.delta = torch.full_like(self.gradient, float("nan"))
         self.by, self.unit = torch.ones(columns), torch.ones(out)
         if units:
             self.by, self.unit = 2.0 ** (torch.arange(columns) % 4), 2.0 ** (torch.arange(out) % 6)
             self.delta = self.delta.half()
             self.gradient *= self.unit / self.by[:, None]
-            if self.missing is not None:
-                self.missing *= self.unit / self.by[:, None]
+            if self.pending is not None:
+                self.pending *= self.unit / self.by[:, None]
 
     @property
     def value(self) -> Tensor:
@@ -716,9 +742,9 @@ class Piece:
     def descend(self, run: Callable[..., None], refit: tuple[torch.dtype, ...] | None) -> None:
         columns = len(self.q)
         units = (self.by, self.unit) if self.delta.dtype == torch.float16 else None
-        grids = self.scale[None], self.zero[None]
-        state = Descent(self.gradient, *grids, self.H, self.qmax, self.q, self.delta, refit, columns, units)
-        run(state, slice(0, columns), 0, self.missing)
+        group = self.scale[None], self.zero[None]
+        state = Descent(self.gradient, *group, self.H, self.qmax, self.q, self.delta, refit, columns, units)
+        run(state, slice(0, columns), 0, self.pending)
 
     def to(self, device: str) -> Piece:
         moved = copy.copy(self)
@@ -730,13 +756,13 @@ class Piece:
 @pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
 @pytest.mark.parametrize("units", [False, True], ids=["", "units"])
 @pytest.mark.parametrize(
-    ("columns", "out", "qmax", "missing"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
+    ("columns", "out", "qmax", "pending"), [(128, 40, 15, True), (32, 33, 255, False), (5, 3, 3, True)]
 )
 @_kernel_test
 def test_descend_kernel(
-    columns: int, out: int, qmax: int, missing: bool, units: bool, refit: tuple[torch.dtype, ...] | None
+    columns: int, out: int, qmax: int, pending: bool, units: bool, refit: tuple[torch.dtype, ...] | None
 ) -> None:
-    ours = Piece(columns, out, qmax, missing=missing, units=units, dtype=torch.float32).to(DEVICE)
+    ours = Piece(columns, out, qmax, pending=pending, units=units, dtype=torch.float32).to(DEVICE)
     twin, start = ours.to(DEVICE), ours.to(DEVICE)
     ours.descend(coordinate_descent._descend_triton, refit)
     twin.descend(coordinate_descent._descend_torch, refit)
@@ -747,7 +773,7 @@ def test_descend_kernel(
     change = (ours.value - start.value) * ours.unit
     torch.testing.assert_close(ours.delta.float(), change, atol=1e-6, rtol=exact)
     assert torch.equal(ours.gradient, start.gradient)
-    if missing:
+    if pending:
         assert not torch.equal(ours.q, start.q)
     if refit is None:
         assert torch.equal(ours.scale, start.scale)
@@ -759,7 +785,7 @@ def test_descend_kernel(
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("refit", [None, HALVES], ids=["fixed", "refit"])
 def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device: str) -> None:
-    """Row by row, in float64; with the kernel where there is a GPU, in float32."""
+    """No row's error grows: with the twin in float64, with the kernel in float32."""
     if device == "cuda" and DEVICE == "cpu":
         if not INTERPRETED:
             pytest.skip("needs a CUDA device (or Triton's interpreter)")
@@ -767,12 +793,12 @@ def test_descent_never_adds_error(refit: tuple[torch.dtype, ...] | None, device:
     else:
         run = descend_columns
     fast = device == "cuda"
-    piece = Piece(64, 20, 15, missing=False, dtype=torch.float32 if fast else torch.float64)
+    piece = Piece(64, 20, 15, pending=False, dtype=torch.float32 if fast else torch.float64)
     if device == DEVICE:
         piece = piece.to(device)
     before = piece.form()
     if refit is not None:
-        # Some grids are too wide, which a refit may cure.
+        # Some scales are too large, which a refit may correct.
         piece.scale[::4] = representable(piece.scale[::4].float() * 1.3, refit).to(piece.scale.dtype)
         piece.gradient = piece.H @ (piece.W - piece.value)
         before = piece.form()
@@ -812,23 +838,23 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
     H = random_hessian(groups * size).float()
     W, M = on_device(W, qparams.hessian_blocks(H, size))
     spec = QuantScheme(bits, size, symmetric, zero_min=0 if bits > 2 else 1, scale_dtypes=dtypes)
-    effort = ScaleSearch(sweep=7, refits=2)
+    search = ScaleSearch(candidates=7, refits=2)
     grouped = W.reshape(out, groups, size)
     scale, zero, loss = search_groups(
-        grouped, M, qparams._shrinks(bits, effort.sweep), qmax=spec.qmax, symmetric=symmetric,
-        zero_min=spec.zero_min, dtypes=dtypes, refits=effort.refits, precision="tf32x3",
+        grouped, M, qparams._shrink_factors(bits, search.candidates), qmax=spec.qmax, symmetric=symmetric,
+        zero_min=spec.zero_min, dtypes=dtypes, refits=search.refits, precision="tf32x3",
     )  # fmt: skip
-    twin = qparams._search(grouped.transpose(0, 1).contiguous(), M, spec, effort)
+    twin = qparams._search(grouped.transpose(0, 1).contiguous(), M, spec, search)
     assert torch.equal(scale, representable(scale, dtypes))
     assert bool(((zero >= spec.zero_min) & (zero <= spec.qmax) & (zero == zero.round())).all())
     same = (scale == twin.scale) & (zero == twin.zero)
     assert float(same.float().mean()) > 0.9
-    # Where near equals were told apart differently the ways part, to no one's gain.
+    # Kernel and twin may choose differently between nearly equal candidates; neither is better on the whole.
     assert float(loss.sum() / twin.loss.sum()) == pytest.approx(1.0, abs=1e-2)
     torch.testing.assert_close(loss[same], twin.loss[same], rtol=1e-3, atol=1e-12)
-    # And the error is what it says.
+    # The error returned is the error of the scales and zeros returned.
     chosen = QParams(scale.T, zero.T)
-    E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, spec), chosen, size)
+    E = W - dequantize(qparams.round_to_nearest(W, chosen, spec), chosen)
     E = E.reshape(out, groups, size).double()
     truth = torch.einsum("ogi,gij,ogj->go", E, M.double(), E)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=1e-12)
@@ -836,22 +862,18 @@ def test_search_kernel(bits: int, symmetric: bool, size: int, dtypes: tuple[torc
 
 @_kernel_test
 def test_search_kernel_in_low_precision() -> None:
-    """Fast products may pick another of two near equals, and lose nothing on the whole."""
+    """TF32 may choose another of two nearly equal candidates; the mean error stays the same."""
     W, M = on_device(weights(96, 256), qparams.hessian_blocks(random_hessian(256).float(), 128))
     spec, grouped = QuantScheme(4, 128, True), W.reshape(96, 2, 128)
     exact, fast = (
         search_groups(
-            grouped, M, qparams._shrinks(4, 24), qmax=15, symmetric=True, zero_min=0,
+            grouped, M, qparams._shrink_factors(4, 24), qmax=15, symmetric=True, zero_min=0,
             dtypes=spec.scale_dtypes, refits=2, precision=precision,
         )
         for precision in ("tf32x3", "tf32")
     )  # fmt: skip
     chosen = QParams(fast[0].T, fast[1].T)
-    E = (
-        (W - qparams.dequantize(qparams.round_to_nearest(W, chosen, spec), chosen, 128))
-        .reshape(96, 2, 128)
-        .double()
-    )
+    E = (W - dequantize(qparams.round_to_nearest(W, chosen, spec), chosen)).reshape(96, 2, 128).double()
     truth = torch.einsum("ogi,gij,ogj->go", E, M.double(), E)
     ratio = truth / exact[2].double()
     assert float(ratio.mean()) == pytest.approx(1.0, abs=2e-3)
@@ -861,42 +883,39 @@ def test_search_kernel_in_low_precision() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_solver_on_the_gpu_agrees_with_the_cpu() -> None:
-    from llm_quantize.solver import gptq
-
     W, H = weights(300, 384), random_hessian(384).float()
-    spec = QuantScheme(4, 128, True)
+    scheme = QuantScheme(4, 128, True)
     results = []
     for device in ("cpu", "cuda"):
         w, h = W.to(device), H.clone().to(device)
-        found = qparams.search_qparams(w, qparams.hessian_blocks(h, 128), spec)
-        factor = gptq.factorize(h, 0.01, act_order=True)
-        q = gptq.compensate(w, found, spec, factor)
-        q, found = gptq.descend(w, q, found, spec, h, sweeps=1, refit=True)
-        results.append(gptq.output_error(w, qparams.dequantize(q, found, 128), h))
+        found = qparams.search_qparams(w, qparams.hessian_blocks(h, 128), scheme)
+        factor = factorize(h, 0.01, act_order=True)
+        q = compensate(w, found, scheme, factor)
+        q, found = descend(w, q, found, scheme, h, sweeps=1, refit=True)
+        results.append(relative_error(output_forms(w, dequantize(q, found), h)))
     assert results[1] == pytest.approx(results[0], rel=0.01)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_the_solver_hardly_waits_for_the_gpu(waits: Callable[[Callable[[], object]], int]) -> None:
-    """One answer for a factorization, one for an error; none in a choice of scales, none in the rounding."""
-    from llm_quantize.solver import awq_scales, gptq
+    """It waits once for a factorization and once for an error, and not at all to choose scales or to round."""
+    from llm_quantize.solver.awq import choose_scales
 
     W, H = weights(300, 1500).cuda(), random_hessian(1500).float().cuda()
-    spec, rows = QuantScheme(4, 60, True), torch.arange(1500, device="cuda")
+    scheme, rows = QuantScheme(4, 60, True), torch.arange(1500, device="cuda")
     assert waits(lambda: float(W[0, 0])) == 1
 
-    def factorize() -> gptq.Factor:
-        return gptq.factorize(H.clone(), 0.1, act_order=True)
+    def factorized() -> Factor:
+        return factorize(H.clone(), 0.1, act_order=True)
 
-    factor, plain = factorize(), qparams.minmax_qparams(W, spec)
-    q = gptq.compensate(W, plain, spec, factor)
-    assert waits(factorize) <= 1
-    assert waits(lambda: gptq.compensate(W, plain, spec, factor)) == 0
-    assert waits(lambda: gptq.descend(W, q, plain, spec, H, sweeps=2, refit=True)) == 0
-    assert waits(lambda: gptq.output_error(W, qparams.dequantize(q, plain, 60), H)) <= 1
-    effort = ScaleSearch(8, 1)
-    assert waits(lambda: awq_scales.choose_scales(W, H, factor, rows, 1500, spec, effort)) == 0
+    factor, plain = factorized(), qparams.minmax_qparams(W, scheme)
+    q = compensate(W, plain, scheme, factor)
+    assert waits(factorized) <= 1
+    assert waits(lambda: compensate(W, plain, scheme, factor)) == 0
+    assert waits(lambda: descend(W, q, plain, scheme, H, sweeps=2, refit=True)) == 0
+    assert waits(lambda: relative_error(output_forms(W, dequantize(q, plain), H))) <= 1
+    assert waits(lambda: choose_scales(W, H, factor, rows, 1500, scheme)) == 0
 
 
 def test_fallback_where_triton_cannot_run() -> None:
@@ -905,22 +924,3 @@ def test_fallback_where_triton_cannot_run() -> None:
         assert not can_search(W.reshape(4, 2, 32), torch.zeros(2, 32, 32), (torch.float16,))
     with pytest.raises(ValueError, match="contiguous"):
         need_contiguous_rows(W.T)
-
-
-def test_tensor_cores_are_put_back() -> None:
-    """Inside, TF32 is allowed; after it, also after an error, what was set before holds."""
-    settings = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
-    before, inside = getattr(settings, name), []
-
-    @tensor_cores()
-    def fail() -> None:
-        inside.append(getattr(settings, name))
-        raise KeyError
-
-    for _ in range(2):
-        with pytest.raises(KeyError):
-            fail()
-    assert inside[0] == inside[1] != before
-    assert inside[0] in ("tf32", True)
-    assert getattr(settings, name) == before

@@ -1,6 +1,6 @@
-"""Runs that are killed at any moment: the same command goes on and publishes what an undisturbed run does.
+"""Kill runs at any moment: the same command resumes and publishes the bytes of an undisturbed run.
 
-LLM_QUANTIZE_KILLS=N kills at N random moments and at every file-system call; a few of both otherwise.
+LLM_QUANTIZE_KILLS=N kills at N random moments and at every file-system call; without it at a few of both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_quantize.config import EMBEDDED_CALIBRATION
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
 
 KILLS = int(os.environ.get("LLM_QUANTIZE_KILLS", "0"))
@@ -29,7 +29,7 @@ Kill = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def kill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kill]:
-    """Runs one command in a process of its own, which may be killed; see killed.py."""
+    """Run one command in a process of its own, which may be killed; see killed.py."""
     output = tmp_path_factory.mktemp("killed") / "output"
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("killed.py")), str(output)],
@@ -70,14 +70,14 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def complete(folder: Path, *allowed: dict[str, str]) -> None:
-    """At every instant: the target is absent, the old one or the new one."""
+    """Check that the target is absent, the old one or the new one, as it is at every instant."""
     if folder.exists():
         assert content(folder) in allowed
 
 
 @pytest.fixture(scope="module")
 def whole(kill: Kill, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The content that an undisturbed run publishes, its calls, and its seconds."""
+    """Return the content that an undisturbed run publishes, its calls, and its seconds."""
     known: dict[str, Any] = {}
 
     def find(method: str) -> Any:
@@ -94,7 +94,7 @@ def whole(kill: Kill, model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A target that has something to lose."""
+    """Make a target that holds an old checkpoint."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "config.json").write_text("old")
@@ -102,7 +102,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def points(calls: list[str], count: int) -> list[int]:
-    """Numbers of calls to die at: all of them, or the first and last of each kind and `count` others."""
+    """Choose the calls to die at, by number: all of them, or the first and last of each kind and `count` others."""
     if KILLS:
         return list(range(len(calls)))
     kinds: dict[str, list[int]] = {}
@@ -138,7 +138,7 @@ def test_killed_at_a_call(method: str, kill: Kill, model: Path, whole: Any, old:
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_killed_again_and_again(method: str, kill: Kill, model: Path, whole: Any, old: Path) -> None:
-    """At random moments, until a run comes through; then anew, until there were enough."""
+    """Kill at random moments until a run completes; then start over, until there were enough kills."""
     expected, _, seconds = whole(method)
     before = content(old)
     saved = old.with_name("saved")

@@ -1,4 +1,4 @@
-"""Both commands from end to end on small models: what is published, how good it is, and what is left behind."""
+"""Test both commands from end to end on small models: what is published, how good it is, and what is left behind."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from safetensors.torch import load_file, save_file
 import awq_quantize
 import gptq_quantize
 from conftest import MAIN, Finished, Runs
-from llm_quantize.blockwise import loop
+from llm_quantize.blockwise import block
+from llm_quantize.blockwise.block import BlockWork
 from llm_quantize.blockwise.block_solution import solve_block
-from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.blockwise.run_context import ExecutionPlan
+from llm_quantize.device import Device
 from llm_quantize.evaluation import model_card
 from llm_quantize.evaluation.perplexity import Measured, measure
-from llm_quantize.model.source import Source
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.model.source import SourceModel
 from models import CPU, FAMILIES, write
 from published_bytes import COMBINATIONS
 from reference import dequantize_directory, plain_model, read_layers, read_tensors, write_rtn_checkpoint
@@ -35,40 +38,38 @@ CLOSE = {2: 0.75, 3: 0.35, 4: 0.18, 8: 0.02}
 
 
 @pytest.mark.parametrize(
-    ("method", "words", "layout", "bits", "symmetric", "group"),
+    ("method", "words", "name", "bits", "symmetric", "group"),
     COMBINATIONS,
     ids=[f"{c[0]} {c[1]}".strip() for c in COMBINATIONS],
 )
 def test_published(
-    method: str, words: str, layout: str, bits: int, symmetric: bool, group: int, runs: Runs
+    method: str, words: str, name: str, bits: int, symmetric: bool, group: int, runs: Runs
 ) -> None:
     run = runs(method, *words.split())
     settings = json.loads((run.path / "config.json").read_text())["quantization_config"]
-    assert settings["quant_method"] == layout
+    assert settings["quant_method"] == name
     dynamic = "dynamic" in words
-    if layout == "compressed-tensors":
+    if name == "compressed-tensors":
         weights = settings["config_groups"]["group_0"]["weights"]
         assert (weights["num_bits"], weights["symmetric"]) == (bits, symmetric)
         assert weights["strategy"] == ("channel" if group == -1 else "group")
         assert group == -1 or weights["group_size"] == group
     else:
         assert (settings["bits"], settings["group_size"]) == (bits, group)
-    if layout == "awq":
+    if name == "awq":
         assert settings["zero_point"] is True
         assert settings["version"] == "gemm"
-    if layout == "gptq":
+    if name == "gptq":
         assert (settings["sym"], settings["desc_act"]) == (symmetric, dynamic)
         assert json.loads((run.path / "quantize_config.json").read_text()) == settings
-    assert (run.path / "quantize_config.json").exists() == (layout == "gptq")
+    assert (run.path / "quantize_config.json").exists() == (name == "gptq")
     layers, _ = read_layers(run.path)
     assert len(layers) == 4 * 7
-    width = {name: layer.q.shape[1] for name, layer in layers.items()}
-    for name, layer in layers.items():
-        assert layer.scales.shape[1] == (1 if group == -1 else width[name] // group)
+    for layer in layers.values():
+        width = layer.q.shape[1]
+        assert layer.scales.shape[1] == (1 if group == -1 else width // group)
         assert bool((layer.zeros == 2 ** (bits - 1)).all()) == symmetric
-        trivial = bool(
-            (layer.group == [i // (width[name] if group == -1 else group) for i in range(width[name])]).all()
-        )
+        trivial = bool((layer.group == [i // (width if group == -1 else group) for i in range(width)]).all())
         assert trivial == (not dynamic or group == -1)
     unchanged(run, EMBEDDED_MODEL, torch.float16, CLOSE[bits])
     # AutoGPTQ cannot do without the tied head's copy, and others need not have it.
@@ -77,12 +78,12 @@ def test_published(
 
 
 def unchanged(run: Finished, source: Path, dtype: torch.dtype, close: float) -> None:
-    """The files hold what the solver put into the block; what is not quantized is as it was, but for folds."""
+    """Check that the files hold what the solver put into the block, and other tensors but for channel scales."""
     found = dequantize_directory(run.path)
     before, _ = read_tensors(source)
     _, dtypes = read_tensors(run.path)
     head = {"lm_head.weight"} - set(before)
-    if head & set(found):  # of a tied model, where the layout was asked for by name
+    if head & set(found):  # of a tied model, where the format was asked for by name
         assert np.array_equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
     assert set(found) - head == set(before)
     assert set(run.weights) <= set(found)
@@ -95,13 +96,13 @@ def unchanged(run: Finished, source: Path, dtype: torch.dtype, close: float) -> 
                 assert 0 < float((now - was).norm() / was.norm()) < close, name
             continue
         assert dtypes[name] == dtype, name
-        folded = run.method == "awq" and ".layers." in name and ("norm" in name or name.endswith("bias"))
-        if not folded:
+        smoothed = run.method == "awq" and ".layers." in name and ("norm" in name or name.endswith("bias"))
+        if not smoothed:
             assert torch.equal(now, torch.from_numpy(tensor).to(dtype).float()), name
 
 
 def sides(path: Path, source: Path) -> None:
-    """Every other file of the source is there, byte for byte, and no other but those that belong."""
+    """Check that every other file of the source is there, byte for byte, and no file that does not belong."""
     for file in source.iterdir():
         if file.suffix != ".safetensors" and file.name not in ("config.json", "model.safetensors.index.json"):
             name = "BASE_README.md" if file.name == "README.md" else file.name
@@ -136,7 +137,7 @@ def test_report(runs: Runs) -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_families(family: str, method: str, saved: Callable[..., Path], runs: Runs) -> None:
-    """BF16 stays BF16, and the result computes nearly what the source does."""
+    """BF16 stays BF16, and the result's outputs are near the source's."""
     source = saved(family, torch.bfloat16)
     run = runs(method, "--model_path", str(source), "--group_size", "32", "--bits", "8", *TEXT)
     assert json.loads((run.path / "config.json").read_text())["dtype"] == "bfloat16"
@@ -146,7 +147,7 @@ def test_families(family: str, method: str, saved: Callable[..., Path], runs: Ru
         report = json.loads((run.path / "quantization_report.json").read_text())
         assert any(layer["alpha"] for layer in report["layers"])
     ids = torch.randint(3, 2048, (4, 64), generator=torch.Generator().manual_seed(5))
-    measured = measure(Source.open(source), run.path, ids, CPU)
+    measured = measure(SourceModel.open(source), run.path, ids, Device(CPU))
     assert measured.kl < 0.02
     assert measured.agreement > 0.9
 
@@ -161,7 +162,7 @@ def test_stored_dtype(dtype: torch.dtype, stored: str, saved: Callable[..., Path
 
 
 def test_shards_and_pickles(tmp_path: Path, runs: Runs) -> None:
-    """However the source is cut up, the result is the same."""
+    """The result does not depend on how the source's weights are split into files."""
     source = write(tmp_path / "whole", FAMILIES["llama"](), dtype=torch.bfloat16)
     sharded = write(tmp_path / "sharded", FAMILIES["llama"](), dtype=torch.bfloat16, shard="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -184,15 +185,15 @@ def test_shards_and_pickles(tmp_path: Path, runs: Runs) -> None:
 
 @pytest.fixture(scope="session")
 def compare(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Measured]:
-    """A checkpoint of the embedded model against it, on held-out text."""
-    source = Source.open(EMBEDDED_MODEL)
+    """Compare a checkpoint of the embedded model with it, on held-out text."""
+    source = SourceModel.open(EMBEDDED_MODEL)
     ids = source.tokenizer(EMBEDDED_HELDOUT.read_text(encoding="utf-8"))["input_ids"]
     windows = torch.tensor(ids[: 24 * 256]).reshape(24, 256)
     known: dict[Path, Measured] = {}
 
     def find(path: Path) -> Measured:
         if path not in known:
-            known[path] = measure(source, path, windows, CPU)
+            known[path] = measure(source, path, windows, Device(CPU))
         return known[path]
 
     return find
@@ -202,7 +203,7 @@ MORE = ("--calib_samples", "64", "--calib_seq_len", "256")
 
 
 @pytest.mark.parametrize(
-    ("method", "words", "layout", "bits", "symmetric", "share"),
+    ("method", "words", "name", "bits", "symmetric", "share"),
     [
         ("gptq", "", "gptq", 4, True, 0.5),
         ("awq", "", "awq", 4, False, 0.55),
@@ -215,11 +216,11 @@ MORE = ("--calib_samples", "64", "--calib_seq_len", "256")
     ],
 )
 def test_beats_rounding_to_nearest(
-    method: str, words: str, layout: str, bits: int, symmetric: bool, share: float, runs: Runs,
+    method: str, words: str, name: str, bits: int, symmetric: bool, share: float, runs: Runs,
     compare: Callable[[Path], Measured], tmp_path: Path,
 ) -> None:  # fmt: skip
     run = runs(method, *words.split(), *MORE)
-    write_rtn_checkpoint(EMBEDDED_MODEL, tmp_path / "rtn", layout, bits, 128, symmetric)
+    write_rtn_checkpoint(EMBEDDED_MODEL, tmp_path / "rtn", name, bits, 128, symmetric)
     ours, plain = compare(run.path), compare(tmp_path / "rtn")
     assert ours.kl < share * plain.kl
     assert ours.agreement >= plain.agreement
@@ -236,9 +237,9 @@ def test_quality_buys_something(runs: Runs, compare: Callable[[Path], Measured])
 
 
 def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Path], Measured]) -> None:
-    """The independent reader, and the model whole: the same perplexity."""
+    """The independent reader and the whole model give the same perplexity."""
     run = runs("awq", *MORE)
-    source = Source.open(EMBEDDED_MODEL)
+    source = SourceModel.open(EMBEDDED_MODEL)
     ids = source.tokenizer(EMBEDDED_HELDOUT.read_text(encoding="utf-8"))["input_ids"]
     windows = torch.tensor(ids[: 24 * 256]).reshape(24, 256)
     with torch.no_grad():
@@ -252,7 +253,7 @@ def test_saved_model_agrees_with_plain_pytorch(runs: Runs, compare: Callable[[Pa
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file's bytes."""
+    """Return every file's bytes by its name."""
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
@@ -268,7 +269,7 @@ QUICK = ["--calib_samples", "4", "--calib_seq_len", "64", "--eval_data", "off", 
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error, the last on stderr."""
+    """Return the one line of an error, the last on stderr."""
     err = capsys.readouterr().err
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if "error:" in line]
@@ -292,7 +293,7 @@ def test_existing_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 class _Full:
-    """Raises an out-of-memory error at the calls with the given numbers, counted from 0."""
+    """Raise an out-of-memory error at the calls with the given numbers, counted from 0."""
 
     def __init__(self, real: Callable[..., Any], *numbers: int) -> None:
         self.real, self.numbers, self.count = real, numbers, 0
@@ -307,12 +308,12 @@ class _Full:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("llm_quantize.model.source.Source.load", 4),
+        ("llm_quantize.model.source.Model.load", 4),
         ("llm_quantize.solver.hessian.HessianAccumulator.finish", 9),
-        ("llm_quantize.blockwise.block_solution.Factorization", 9),
-        ("llm_quantize.blockwise.block_solution.descend", 9),
+        ("llm_quantize.solver.problem.Factorization", 9),
+        ("llm_quantize.solver.problem.descend", 9),
         ("llm_quantize.model.block_forward.forward", 2),  # to see which linears share an input
-        ("llm_quantize.model.block_forward.forward", 3),  # for second moments
+        ("llm_quantize.model.block_forward.forward", 3),  # for Hessians
         ("llm_quantize.solver.hessian.HessianAccumulator.add", 5),  # between them
     ],
 )
@@ -324,7 +325,7 @@ def test_out_of_memory_once(
     capsys: pytest.CaptureFixture[str],
     runs: Runs,
 ) -> None:
-    """Tried again with less at a time: what comes out is as good, and nothing is there twice."""
+    """The block is tried again with less at a time: the result is as good, and no tensor is there twice."""
     module, _, attribute = where.rpartition(".")
     owner: Any = resolve_name(module)
     full = _Full(getattr(owner, attribute), call)
@@ -332,9 +333,9 @@ def test_out_of_memory_once(
     target = tmp_path / "out"
     assert gptq_quantize.main([*QUICK, "--output_path", str(target)]) == 0
     assert full.count > call + 1
-    told = "out of memory on cpu, tried again with" in capsys.readouterr().err
-    # A forward pass is taken again at once, in smaller portions.
-    assert told == ((where, call) != ("llm_quantize.model.block_forward.forward", 3))
+    warned = "out of memory on cpu, tried again with" in capsys.readouterr().err
+    # A forward pass is repeated at once, in smaller micro-batches.
+    assert warned == ((where, call) != ("llm_quantize.model.block_forward.forward", 3))
     found, expected = read_tensors(target)[0], read_tensors(runs("gptq", *QUICK).path)[0]
     assert set(found) == set(expected)
     report = json.loads((target / "quantization_report.json").read_text())
@@ -345,9 +346,7 @@ def test_out_of_memory_once(
 def test_out_of_memory_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "llm_quantize.blockwise.block_solution.Factorization", _Full(lambda: None, *range(1000))
-    )
+    monkeypatch.setattr("llm_quantize.solver.problem.Factorization", _Full(lambda: None, *range(1000)))
     assert gptq_quantize.main([*QUICK, "--output_path", str(tmp_path / "out")]) == 1
     line = said(capsys)
     assert "out of memory on cpu in model.layers.0 (1.34 GiB more were asked for)" in line
@@ -355,31 +354,31 @@ def test_out_of_memory_for_good(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where states lie in host memory: one pass takes all inputs of a block, and what a run began with stays."""
+def test_all_inputs_captured_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where states are in host memory one pass captures all inputs of a block, and a resumed run keeps to that."""
     quality = {}
     given: list[bool] = []
     words = ["--calib_samples", "16", "--calib_seq_len", "128", "--eval_samples", "4", "--device", "cpu"]
     stop: list[type[BaseException]] = []
-    real = loop._block
+    real = BlockWork.quantize
 
-    def block(run: Any, index: int, *rest: Any) -> Any:
-        given.append(rest[4].in_order)
-        if index == 2 and stop:
+    def quantize(work: BlockWork, writer: Any) -> Any:
+        given.append(work._plan.in_order)
+        if work._index == 2 and stop:
             raise stop.pop()
-        return real(run, index, *rest)
+        return real(work, writer)
 
-    monkeypatch.setattr(loop, "_block", block)
+    monkeypatch.setattr(BlockWork, "quantize", quantize)
     for name, storage in (("in order", "cpu"), ("at once", "meta")):
         monkeypatch.setattr(
             "llm_quantize.pipeline.choose_storage", lambda *_, storage=storage: torch.device(storage)
         )
         monkeypatch.setattr(
             "llm_quantize.pipeline.ExecutionPlan",
-            lambda batch, storage, in_order: loop.ExecutionPlan(batch, CPU, in_order),
+            lambda batch, storage, in_order: ExecutionPlan(batch, CPU, in_order),
         )
         if name == "at once":
-            monkeypatch.setattr(loop, "resume_together", lambda *_: pytest.fail("a pass halted"))
+            monkeypatch.setattr(block, "resume_together", lambda *_: pytest.fail("a pass was suspended"))
             stop.append(KeyboardInterrupt)
             assert gptq_quantize.main([*words, "--output_path", str(tmp_path / name)]) == 130
             monkeypatch.setattr("llm_quantize.pipeline.choose_storage", lambda *_: CPU)
@@ -392,7 +391,7 @@ def test_inputs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def broken(directory: Path, value: float) -> Path:
-    """A model whose last linear is not finite."""
+    """Write a model whose last linear is not finite; return its directory."""
     write(directory, FAMILIES["llama"]())
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = value
@@ -421,7 +420,7 @@ def test_interruption(
     capsys: pytest.CaptureFixture[str],
     runs: Runs,
 ) -> None:
-    """The old one stays, and what is done is kept for the same command unless that is not wanted."""
+    """The old target stays, and finished blocks are kept for the same command unless that is not wanted."""
     target = tmp_path / "out"
     shutil.copytree(runs("gptq").path, target)
     before = contents(target)
@@ -435,11 +434,10 @@ def test_interruption(
 
     words = [*QUICK, "--output_path", str(target), "--overwrite"]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "solve_block", failing)
+        patch.setattr(block, "solve_block", failing)
         assert gptq_quantize.main([*words, *(() if keep else ("--no_resume",))]) == code
     assert contents(target) == before
-    told = "; 2 of 4 blocks are kept, the same command goes on there" in said(capsys)
-    assert told == keep
+    assert ("; 2 of 4 blocks are kept, the same command goes on there" in said(capsys)) == keep
     assert {p.name for p in tmp_path.iterdir()} == {"out"} | ({".out.partial"} if keep else set())
     assert gptq_quantize.main(words) == 0
     assert ("going on after 2 of 4 blocks" in capsys.readouterr().err) == keep
@@ -479,7 +477,7 @@ def test_no_gpu(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_refused_early(
     tmp_path: Path, saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before any work, one line each, exit code 2, nothing left."""
+    """Each is refused before any work, in one line, with exit code 2, and leaves nothing."""
     from transformers import GPTJConfig
 
     source = saved("llama")
@@ -515,10 +513,10 @@ def test_unknown_architecture_works_with_gptq(tmp_path: Path, runs: Runs) -> Non
     unchanged(run, source, torch.float16, CLOSE[4])
 
 
-def test_folds_that_do_not_hold_are_told(
+def test_mappings_that_do_not_hold_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: Runs
 ) -> None:
-    """OLMo 2 has its norms behind attention and MLP: what the names promise does not hold."""
+    """OLMo 2 has its norms after attention and MLP, so the mappings that its names suggest do not hold."""
     from transformers import Olmo2Config
 
     config = Olmo2Config(
@@ -531,5 +529,5 @@ def test_folds_that_do_not_hold_are_told(
     assert "Olmo2DecoderLayer: no channel scales fit mlp.gate_proj, mlp.up_proj" in " ".join(warned.split())
     ids = torch.randint(3, 2048, (4, 64), generator=torch.Generator().manual_seed(5))
     gptq = runs("gptq", "--sym", "false", "--model_path", str(source), "--group_size", "32", *TEXT)
-    ours, other = (measure(Source.open(source), r.path, ids, CPU).kl for r in (run, gptq))
+    ours, other = (measure(SourceModel.open(source), r.path, ids, Device(CPU)).kl for r in (run, gptq))
     assert ours < 1.3 * other

@@ -1,4 +1,4 @@
-"""What the scripts write, read by the libraries that their users have: each in an environment of its own.
+"""Read what the scripts write by the libraries that users have, each in an environment of its own.
 
 The logits must be those of the de-quantized weights in plain PyTorch, by an unpacker that shares no code with ours.
 """
@@ -105,7 +105,7 @@ def test_reader_sees_the_dequantized_weights(reader: str, checkpoints: Path, tmp
 
 
 def test_the_comparison_notices_one_wrong_zero_point(checkpoints: Path, tmp_path: Path) -> None:
-    """One stored zero point with its top bit flipped moves logits by more than a reader is allowed."""
+    """Flipping the top bit of one stored zero point changes the logits by more than a reader may."""
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoints / "gptq-4", damaged)
     tensors = load_file(damaged / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The independent packers against words written by hand, and against the compressed-tensors library."""
+"""Test the independent packers against words written by hand, and against the compressed-tensors library."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from reference import (
 
 
 def layer_of(q: Ints, zeros: Ints) -> Layer:
-    """One group over all columns, scale 1."""
+    """Make a layer of one group over all columns, with scale 1."""
     return Layer(
         q=q, zeros=zeros, scales=np.ones(zeros.shape, np.float32), group=np.zeros(q.shape[1], np.int64)
     )
 
 
 def random_layer(bits: int, group_size: int, seed: int = 0, shuffle: bool = False) -> Layer:
-    """64 × 96 with every integer and every zero point in it."""
+    """Make a layer of 64 × 96 random integers and zero points of all values."""
     rng = np.random.default_rng(seed)
     group = shuffled_groups(96, group_size, seed) if shuffle else groups_in_order(96, group_size)
     count = int(group.max()) + 1
@@ -60,7 +60,7 @@ def same(one: Layer, other: Layer) -> bool:
 
 
 def words(array: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> list[int]:
-    """All words, unsigned, in the order they lie in memory."""
+    """Return all words, unsigned, in the order of memory."""
     assert array.dtype == np.int32
     return [int(word) & 0xFFFFFFFF for word in np.ascontiguousarray(array).ravel()]
 
@@ -180,7 +180,7 @@ def test_round_to_nearest_is_within_half_a_step(bits: int, sym: bool) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small bfloat16 Qwen2 with biases and tied embeddings."""
+    """Write a small bfloat16 Qwen2 with biases and tied embeddings."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("source")
     config = Qwen2Config(
@@ -199,7 +199,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize(
-    ("layout", "bits", "sym", "act_order"),
+    ("format_name", "bits", "sym", "act_order"),
     [
         ("awq", 4, False, False),
         ("gptq", 3, True, False),
@@ -209,9 +209,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_directory_round_trip(
-    source: Path, tmp_path: Path, layout: str, bits: int, sym: bool, act_order: bool, shards: int
+    source: Path, tmp_path: Path, format_name: str, bits: int, sym: bool, act_order: bool, shards: int
 ) -> None:
-    write_rtn_checkpoint(source, tmp_path, layout, bits, 32, sym, act_order=act_order, shards=shards)
+    write_rtn_checkpoint(source, tmp_path, format_name, bits, 32, sym, act_order=act_order, shards=shards)
     assert len(list(tmp_path.glob("*.safetensors"))) == shards
     state = dequantize_directory(tmp_path)
     before, _ = read_tensors(source)

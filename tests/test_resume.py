@@ -1,4 +1,4 @@
-"""Going on after an interrupted run: the same bytes, however little of it is left; another run is told apart."""
+"""Test resuming an interrupted run: it publishes the same bytes, and another run is recognized and refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 
 from conftest import MAIN
 from llm_quantize import pipeline
-from llm_quantize.blockwise import loop
-from llm_quantize.blockwise.block_solution import solve_block
-from llm_quantize.config import EMBEDDED_CALIBRATION
+from llm_quantize.blockwise import block
+from llm_quantize.blockwise.block_solution import BlockProblem, solve_block
+from llm_quantize.checkpoint.verification import verify_written
+from llm_quantize.checkpoint.writer import CheckpointWriter
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION
 from models import FAMILIES, write
 
 BLOCKS = 3
@@ -23,7 +25,7 @@ BLOCKS = 3
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
-    """A model of three blocks in a dtype; float32 is written as float16, so that nothing is copied as it is."""
+    """Make a model of three blocks in a dtype; float32 is stored as float16, so that every tensor is cast."""
     made: dict[torch.dtype, Path] = {}
 
     def find(dtype: torch.dtype) -> Path:
@@ -52,17 +54,17 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def interrupted(method: str, arguments: list[str], before: int) -> list[str]:
-    """Runs until block `before` is to be solved; the names of the blocks that were solved."""
+    """Interrupt a run as soon as it has solved `before` blocks; return the names of those that it solved."""
     solved: list[str] = []
 
-    def until(block: torch.nn.Module, name: str, *rest: Any) -> Any:
+    def until(problem: BlockProblem, *rest: Any) -> Any:
         if len(solved) == before:
             raise KeyboardInterrupt
-        solved.append(name)
-        return solve_block(block, name, *rest)
+        solved.append(problem.name)
+        return solve_block(problem, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "solve_block", until)
+        patch.setattr(block, "solve_block", until)
         code = MAIN[method](arguments)
     assert code == (130 if before < BLOCKS else 0)
     return solved
@@ -79,38 +81,53 @@ def place(target: Path) -> Path:
         ("awq", torch.bfloat16, "default"),
         ("gptq", torch.float32, "default"),
         ("gptq", torch.bfloat16, "default"),
-        ("awq", torch.bfloat16, "best"),  # follows the source's own states, which are not kept
+        ("awq", torch.bfloat16, "best"),  # beside the reference model, whose states are made anew, too
         ("gptq", torch.float32, "best"),
     ],
 )
-def test_the_same_bytes(method: str, dtype: torch.dtype, quality: str, models: Any, tmp_path: Path) -> None:
-    """With the states that were kept, without them, and with damaged ones."""
+def test_the_same_bytes(
+    method: str,
+    dtype: torch.dtype,
+    quality: str,
+    models: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The blocks that are done are replayed, after one interruption and after several.
+
+    The same layers are unpacked again and compared, too: one of seven, by block and position.
+    """
     model = models(dtype)
+    sampled: list[list[str]] = []
+
+    def verify(writer: CheckpointWriter, *rest: Any) -> None:
+        sampled.append(sorted(writer.layers))
+        verify_written(writer, *rest)
+
+    monkeypatch.setattr(pipeline, "verify_written", verify)
 
     def words(model: Path, target: Path) -> list[str]:
         return [*plain_words(model, target), "--quality", quality]
 
     assert len(interrupted(method, words(model, tmp_path / "whole"), BLOCKS)) == BLOCKS
-    for name in ("kept", "gone", "damaged", "older"):
+    for name in ("once", "again"):
         target = tmp_path / name
-        assert len(interrupted(method, words(model, target), 2)) == 2
-        states = place(target) / "states.safetensors"
-        assert states.is_file()
-        if name == "gone":
-            states.unlink()
-        elif name == "damaged":
-            data = bytearray(states.read_bytes())
-            data[-1] ^= 1
-            states.write_bytes(data)
-        elif name == "older":  # of an earlier block, as where they are too large to be kept each time
-            shutil.rmtree(place(target))
+        if name == "once":
+            assert len(interrupted(method, words(model, target), 2)) == 2
+        else:
             assert len(interrupted(method, words(model, target), 1)) == 1
-            early = states.read_bytes()
             assert len(interrupted(method, words(model, target), 1)) == 1
-            states.write_bytes(early)
+        assert {path.name for path in place(target).iterdir()} == {
+            "checkpoint",
+            "journal",
+            "lock",
+        }  # no states
         assert len(interrupted(method, words(model, target), BLOCKS)) == 1
         assert contents(target) == contents(tmp_path / "whole"), name
         assert not place(target).exists()
+    assert sampled == [sampled[0]] * 3
+    assert {name.split(".")[2] for name in sampled[0]} == {"0", "1", "2"}
+    assert len(sampled[0]) == BLOCKS
 
 
 def test_a_damaged_block_is_done_again(models: Any, tmp_path: Path) -> None:
@@ -130,7 +147,7 @@ def test_a_damaged_block_is_done_again(models: Any, tmp_path: Path) -> None:
     assert contents(target) == contents(tmp_path / "whole")
 
 
-def test_what_differs_is_told(
+def test_what_differs_is_said(
     models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Path(shutil.copytree(models(torch.bfloat16), tmp_path / "model"))
@@ -163,7 +180,7 @@ def test_what_differs_is_told(
         patch.setattr("llm_quantize.blockwise.resume.importlib.metadata.version", lambda name: "9.9")
         refused("gptq", [], "there, 9.9 here)")
 
-    # Measuring is no part of it, nor what the target may be.
+    # The bytes depend neither on the measurement, nor on whether the target may be replaced.
     assert interrupted("gptq", [*arguments, "--eval_data", "off", "--overwrite"], BLOCKS) == [
         "model.layers.2"
     ]
@@ -174,7 +191,7 @@ def test_what_differs_is_told(
 
 
 def test_pickled_weights_are_known_again(models: Any, tmp_path: Path) -> None:
-    """They are converted anew by each run, into another place."""
+    """Each run converts them again, into another place."""
     from safetensors.torch import load_file
 
     model = Path(shutil.copytree(models(torch.bfloat16), tmp_path / "model"))
@@ -186,13 +203,13 @@ def test_pickled_weights_are_known_again(models: Any, tmp_path: Path) -> None:
 
 
 def test_a_failed_limit_keeps_nothing(models: Any, tmp_path: Path) -> None:
-    """The same command would fail again; with another limit the work is to be done again too."""
+    """The same command would fail again, and with another limit the work is done again, too."""
     assert MAIN["gptq"]([*words(models(torch.bfloat16), tmp_path / "out"), "--max_kl", "0"]) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks are done: nothing is computed again but what is measured."""
+    """All blocks are done, so only the measurement is repeated."""
     model, target = models(torch.bfloat16), tmp_path / "out"
     interrupted("gptq", words(model, tmp_path / "whole"), BLOCKS)
 
@@ -204,8 +221,8 @@ def test_killed_before_publishing(models: Any, tmp_path: Path, monkeypatch: pyte
         assert MAIN["gptq"](words(model, target)) == 1
     assert place(target).exists()
     with monkeypatch.context() as patch:
-        patch.setattr("llm_quantize.model.block_forward.embed", killed)
-        patch.setattr("llm_quantize.pipeline.measure", lambda *args: _measured())
+        patch.setattr("llm_quantize.blockwise.loop.embed", killed)
+        patch.setattr(pipeline, "measure", lambda *args: _measured())
         assert interrupted("gptq", words(model, target), BLOCKS) == []
     assert set(contents(target)) == set(contents(tmp_path / "whole"))
     weights = "model.safetensors"

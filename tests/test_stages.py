@@ -1,4 +1,4 @@
-"""`benchmarks/stages.py`, small and on the CPU: it stays runnable, and what it tells adds up."""
+"""Test `benchmarks/stages.py`, small and on the CPU: it runs, and its times add up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL = ["--model", str(ROOT / "inference" / "quantize" / "embedded" / "model")]
 
 
 @pytest.mark.timeout(300)
-def test_what_it_tells(tmp_path: Path) -> None:
+def test_times_add_up(tmp_path: Path) -> None:
     words = [
         *SMALL,
         *MODEL,
@@ -47,7 +47,7 @@ def test_what_it_tells(tmp_path: Path) -> None:
     assert [line.split(" | ")[0] for line in table[-2:]] == ["| awq", "| gptq-whole"]
 
 
-def test_what_fails_is_told() -> None:
+def test_a_failed_run_is_reported() -> None:
     words = [*SMALL, "--model", "/nowhere", "--only", "gptq"]
     done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1

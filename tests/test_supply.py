@@ -1,4 +1,4 @@
-"""What is installed is what was locked, by hash, and the audit tells what it could not ask."""
+"""Test that installed packages are those locked by hash, and that the audit says what it could not check."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lock() -> list[dict[str, Any]]:
 
 
 def test_every_locked_package_has_a_hash() -> None:
-    """Of every file that could be installed; and every package comes from one index."""
+    """Every file that could be installed has one, and every package comes from one index."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     packages = [p for p in lock() if p["name"] != project["name"]]
     assert len(packages) > 50
@@ -54,7 +54,7 @@ def test_ci_installs_what_is_locked_and_audits_it() -> None:
 
 
 class _Advisories(BaseHTTPRequestHandler):
-    """As much of OSV as `uv audit` asks: jinja2 has what `known` says."""
+    """Answer what `uv audit` asks of OSV: jinja2 has the vulnerabilities in `known`."""
 
     known: ClassVar[list[str]] = []
 
@@ -142,7 +142,7 @@ def test_the_audit_says_where_it_could_not_ask() -> None:
 
 
 def test_no_module_takes_the_name_of_a_package() -> None:
-    """The scripts' directories come first on the path: what a library imports by such a name would be ours."""
+    """The scripts' directories come first on the path: a library that imports such a name would get our module."""
     taken = {package["name"].replace("-", "_") for package in lock()}
     taken |= set(packages_distributions()) | {"kernels"}  # transformers asks for it, installed or not
     ours = {

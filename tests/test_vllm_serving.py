@@ -1,6 +1,6 @@
-"""A real vLLM, started by `run_vllm.sh`, answers as the de-quantized weights do in plain PyTorch.
+"""Tests that vLLM, started by `run_vllm.sh`, answers as the de-quantized weights do in plain PyTorch.
 
-Starts vLLM's CPU build once for each layout that it serves; the script installs it on its first start.
+Starts vLLM's CPU build once for each format; the script installs it on its first start.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_quantize.config import EMBEDDED_MODEL
-from serving import KINDS, Kind, Server, make_checkpoint, reference_model, running
+from llm_quantize.io.embedded_files import EMBEDDED_MODEL
+from serving import FORMATS, Format, Server, make_checkpoint, reference_model, running_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
-TOLERANCE = 0.02  # nats: activations are half precision there and float32 here
+TOLERANCE = 0.02  # nats; vLLM computes in half precision and the reference model in float32
 NEW_TOKENS = 16
 KEY = "open sesame"
 
-# What a user types for each, as the quantizers print it. Asymmetric GPTQ is stored as compressed-tensors: the
-# script has to pass that name on in place of the user's.
-FLAG: dict[Kind, str] = {"awq": "awq", "gptq": "gptq", "compressed-tensors": "gptq"}
+# The --quantization that a user types for each format. Asymmetric GPTQ is stored as compressed-tensors, so the script
+# has to replace the user's gptq.
+QUANTIZATION_FLAG: dict[Format, str] = {"awq": "awq", "gptq": "gptq", "compressed-tensors": "gptq"}
 
 
 @dataclass
 class Served:
-    """A server, the model name it goes by, what it serves and what it should answer like."""
+    """A server of a checkpoint in `format_` under the model `name`, and a prompt as token ids.
 
-    kind: Kind
+    `reference` is the de-quantized checkpoint in float32, `source` the model before quantization.
+    """
+
+    format_: Format
     server: Server
     name: str
     prompt: list[int]
@@ -42,7 +45,7 @@ class Served:
     source: Any
 
     def expected(self, tokens: list[int]) -> torch.Tensor:
-        """Log probabilities of the token that follows each of `tokens` (n) by the reference: (n, vocabulary)."""
+        """Return the reference model's log probabilities of the token after each of `tokens`: (n, vocabulary)."""
         return log_probabilities(self.reference, tokens)
 
 
@@ -52,23 +55,23 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=FORMATS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Each layout served from another directory, under a relative path with spaces."""
-    kind: Kind = request.param
+    """Serve each format from another directory than the project's, under a relative path with spaces."""
+    format_: Format = request.param
     elsewhere = tmp_path_factory.mktemp("serving")
-    directory = make_checkpoint(kind, elsewhere / "my models" / f"tiny {kind}")
-    name = f"./my models/tiny {kind}"
+    directory = make_checkpoint(format_, elsewhere / "my models" / f"tiny {format_}")
+    name = f"./my models/tiny {format_}"
     log = elsewhere / "log"
-    arguments = ["--quantization", FLAG[kind], "--max-model-len", "512"]
-    with running(name, *arguments, cwd=elsewhere, log=log, key=KEY) as server:
+    arguments = ["--quantization", QUANTIZATION_FLAG[format_], "--max-model-len", "512"]
+    with running_server(name, *arguments, cwd=elsewhere, log=log, key=KEY) as server:
         prompt = AutoTokenizer.from_pretrained(directory)("The function returns a list of").input_ids
         source = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
-        yield Served(kind, server, name, prompt, reference_model(directory), source)
+        yield Served(format_, server, name, prompt, reference_model(directory), source)
         assert server.stop() == 0, "SIGTERM reaches vLLM, which ends cleanly"
 
 
-def test_greedy_tokens_and_their_probabilities_are_those_of_the_dequantized_weights(served: Served) -> None:
+def test_greedy_tokens_and_log_probabilities_equal_the_reference(served: Served) -> None:
     choice = served.server.complete(
         model=served.name,
         prompt=served.prompt,
@@ -87,22 +90,22 @@ def test_greedy_tokens_and_their_probabilities_are_those_of_the_dequantized_weig
         row = expected[step]
         best, second = row.topk(2).values.tolist()
         decided += best - second > TOLERANCE
-        # The reference's best token, or one that ties with it.
+        # The token is the reference model's best, or ties with it.
         assert row[token].item() >= best - TOLERANCE, f"step {step}"
         top = choice["logprobs"]["top_logprobs"][step]
         assert len(top) >= 5
         for other, value in top.items():
             index = int(other.removeprefix("token_id:"))
             assert value == pytest.approx(row[index].item(), abs=TOLERANCE), f"step {step}, token {index}"
-    # The comparison means something: few ties, and the source model would not have passed.
+    # The comparison is meaningful only if ties are few and the source model would not pass it.
     assert decided >= NEW_TOKENS - 4
     original = log_probabilities(served.source, context)[len(served.prompt) - 1 :]
     chosen = torch.tensor(tokens)[:, None]
     assert (original - expected).gather(1, chosen).abs().max() > 2 * TOLERANCE
 
 
-def test_probabilities_of_the_prompt_agree_too(served: Served) -> None:
-    prompt = (served.prompt * 20)[:100]  # long enough for the kernels that take many tokens at once
+def test_prompt_log_probabilities_equal_the_reference(served: Served) -> None:
+    prompt = (served.prompt * 20)[:100]  # long enough that vLLM uses its kernels for many tokens
     choice = served.server.complete(
         model=served.name, prompt=prompt, max_tokens=1, temperature=0, prompt_logprobs=3
     )
@@ -117,22 +120,22 @@ def test_probabilities_of_the_prompt_agree_too(served: Served) -> None:
             assert found["logprob"] == pytest.approx(value, abs=TOLERANCE), f"position {position}"
 
 
-def test_it_serves_the_method_of_the_file_and_says_where_the_flag_differs(served: Served) -> None:
+def test_method_of_the_file_is_served_and_a_replaced_flag_reported(served: Served) -> None:
     log = served.server.log.read_text(errors="replace")
-    assert re.search(rf"quantization=(auto_)?{served.kind}\b", log)
+    assert re.search(rf"quantization=(auto_)?{served.format_}\b", log)
     said = "passing --quantization compressed-tensors in place of gptq" in log
-    assert said == (served.kind == "compressed-tensors")
+    assert said == (served.format_ == "compressed-tensors")
 
 
-def test_the_key_of_the_environment_is_asked_for(served: Served) -> None:
+def test_api_key_of_the_environment_is_required(served: Served) -> None:
     body = {"model": served.name, "prompt": "a", "max_tokens": 1}
-    assert served.server.ask("/v1/completions", body)[0] == 401
-    assert served.server.ask("/v1/completions", body, "another")[0] == 401
-    assert served.server.ask("/v1/completions", body, KEY)[0] == 200
+    assert served.server.request("/v1/completions", body)[0] == 401
+    assert served.server.request("/v1/completions", body, "another")[0] == 401
+    assert served.server.request("/v1/completions", body, KEY)[0] == 200
 
 
-def test_it_listens_on_loopback_alone(served: Served) -> None:
-    # The whole of 127.0.0.0/8 is this machine: a server bound to all addresses would answer on 127.0.0.2.
+def test_server_listens_on_loopback_only(served: Served) -> None:
+    # All of 127.0.0.0/8 is this machine, so a server bound to all addresses would answer on 127.0.0.2.
     with socket.socket() as other:
         other.settimeout(5)
         assert other.connect_ex(("127.0.0.2", served.server.port)) != 0
@@ -141,7 +144,7 @@ def test_it_listens_on_loopback_alone(served: Served) -> None:
         assert ours.connect_ex(("127.0.0.1", served.server.port)) == 0
 
 
-def test_a_text_prompt_gets_text(served: Served) -> None:
+def test_text_prompt_returns_text(served: Served) -> None:
     directory: Path = served.server.log.parent / served.name
     choice = served.server.complete(
         model=served.name, prompt="The function returns", max_tokens=8, temperature=0, ignore_eos=True

@@ -1,4 +1,4 @@
-"""Directories complete or absent: the target is the old one or the new one at every moment, and one run has it."""
+"""Test that a target is the old or the new directory at every moment, and that only one run writes it."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def test_publishing(tmp_path: Path) -> None:
     assert text(tmp_path / "a" / "b" / "out") == "é"
 
 
-def test_leaving_leaves_nothing(tmp_path: Path) -> None:
+def test_leaving_without_publishing_removes_everything(tmp_path: Path) -> None:
     with AtomicDirectory(tmp_path / "a" / "out", overwrite=False) as output_dir:
         output_dir.write_json("config.json", {})
     assert names(tmp_path) == set()
 
 
-def test_what_is_kept_is_there_again(tmp_path: Path) -> None:
+def test_kept_content_is_there_on_the_next_entry(tmp_path: Path) -> None:
     with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
         output_dir.write_json("config.json", {"text": "half"})
         (output_dir.work / "journal").write_text("something")
         output_dir.keep = True
-    for _ in range(2):  # looking at it changes nothing
+    for _ in range(2):  # entering without a change keeps it
         with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
             assert output_dir.keep
             assert text(output_dir.content) == "half"
@@ -72,7 +72,7 @@ def test_what_is_kept_is_there_again(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_overwrite_replaces_at_the_end(tmp_path: Path) -> None:
+def test_overwrite_replaces_the_target_at_the_end(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     (tmp_path / "out" / "old.bin").write_text("old")
     with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
@@ -94,7 +94,7 @@ def test_overwrite_through_a_link_keeps_the_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
-def test_old_comes_back_when_the_rename_fails(
+def test_the_old_target_is_restored_when_the_rename_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     write(tmp_path / "out", "old")
@@ -102,7 +102,7 @@ def test_old_comes_back_when_the_rename_fails(
 
     def failing(self: Path, target: Path) -> Path:
         if self.name == "checkpoint":
-            assert "out" not in names(tmp_path)  # the old one is aside at this moment
+            assert "out" not in names(tmp_path)  # the old one has been moved away by now
             raise error
         return rename(self, target)
 
@@ -113,7 +113,7 @@ def test_old_comes_back_when_the_rename_fails(
     assert text(tmp_path / "out") == "old"
 
 
-def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
+def test_a_target_that_appears_during_the_work(tmp_path: Path) -> None:
     def work() -> None:
         with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
             output_dir.write_json("config.json", {"text": "new"})
@@ -134,7 +134,7 @@ def test_target_that_appears_meanwhile(tmp_path: Path) -> None:
 
 
 def test_killed_between_the_renames(tmp_path: Path) -> None:
-    """The old one comes back, nothing of the new one is lost, and then it is published."""
+    """The old target is restored, nothing of the new one is lost, and then it is published."""
     write(tmp_path / "out", "old")
     with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
         output_dir.write_json("config.json", {"text": "new"})
@@ -243,7 +243,7 @@ def test_side_files_of_a_hub_cache(tmp_path: Path) -> None:
 # --- the target before the work ---------------------------------------------------------------------------
 
 
-def test_good_targets(tmp_path: Path) -> None:
+def test_targets_that_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "source").mkdir()
     check_target(tmp_path / "a" / "b", False, 1000, tmp_path / "source")
@@ -285,7 +285,7 @@ def test_mount_point_is_refused() -> None:
         check_target(Path("/proc"), True)
 
 
-def test_writer_asks_again(tmp_path: Path) -> None:
+def test_the_target_is_checked_on_entry(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("x")
     with pytest.raises(InputError, match="no checkpoint"):

@@ -1,4 +1,4 @@
-"""Models opened from disk: what streams through block by block is what transformers computes; refusals."""
+"""Models opened from disk: block by block they compute what transformers computes; what is refused."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ from transformers import (
     T5Config,
 )
 
-from llm_quantize.config import EMBEDDED_MODEL
+from llm_quantize.device import Device
 from llm_quantize.errors import FinalError, InputError, WorkError
-from llm_quantize.model import block_forward
-from llm_quantize.model.block_forward import MicroBatch
-from llm_quantize.model.source import (
-    Source,
-    convert_pickles,
-    examine_config,
-    read_json,
-    tensor_files,
-    with_old_rope_keys,
-)
+from llm_quantize.io.embedded_files import EMBEDDED_MODEL
+from llm_quantize.io.untrusted import read_json
+from llm_quantize.model.block_forward import MicroBatch, capture_inputs, distinct_inputs, replay
+from llm_quantize.model.config_file import examine_config, with_old_rope_keys
+from llm_quantize.model.model_forward import embed, output_head
+from llm_quantize.model.side_files import SideFiles
+from llm_quantize.model.source import SourceModel
+from llm_quantize.model.weight_files import convert_pickles, tensor_files
 from models import CPU, FAMILIES, VOCABULARY, tokens, write
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -47,7 +45,7 @@ Edit = Callable[[dict[str, torch.Tensor]], object]
 
 @pytest.fixture
 def copied(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a family's directory, to break."""
+    """A copy of a family's directory, which a test may break."""
 
     def copy(family: str) -> Path:
         return Path(shutil.copytree(saved(family), tmp_path / "copy"))
@@ -56,44 +54,45 @@ def copied(saved: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path
 
 
 @torch.no_grad()
-def streamed(source: Source, ids: torch.Tensor, windows: int = 2) -> torch.Tensor:
-    """Logits, a block at a time, `windows` windows at a time."""
-    states, calls = block_forward.embed(source, ids, CPU, CPU, torch.float32)
-    batch = MicroBatch(CPU, ids.shape[1], 1, tokens=windows * ids.shape[1])
-    for index, name in enumerate(source.blocks):
-        source.load(source.modules[index], name, CPU, torch.float32)
-        block_forward.replay(source.modules[index], name, states, calls.kwargs[index], batch)
-        source.release(source.modules[index])
-    with block_forward.head(source, CPU, torch.float32) as logits:
+def blockwise_logits(model: SourceModel, ids: torch.Tensor, windows: int = 2) -> torch.Tensor:
+    """Logits, computed a block at a time and `windows` windows at a time."""
+    states, kwargs = embed(model, ids, CPU, CPU, torch.float32)
+    batch = MicroBatch(Device(CPU), ids.shape[1], 1, tokens=windows * ids.shape[1])
+    for index, name in enumerate(model.blocks):
+        block = model.load_block(index, CPU, torch.float32)
+        replay(block, name, states, kwargs[index], batch)
+        model.release(block)
+    with output_head(model, CPU, torch.float32) as logits:
         result = logits(states.get(0, len(states)))
-    assert all(p.is_meta for p in source.skeleton.parameters())
+    assert all(p.is_meta for p in model.skeleton.parameters())
     return result
 
 
 @torch.no_grad()
-def whole(directory: Path, ids: torch.Tensor) -> torch.Tensor:
+def transformers_logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(directory, dtype=torch.float32, attn_implementation="eager").eval()
     result: torch.Tensor = model(input_ids=ids).logits
     return result
 
 
-def agree(source: Source, directory: Path) -> None:
+def assert_agreement(model: SourceModel, directory: Path) -> None:
+    """Assert that the model gives the logits that transformers computes from `directory`."""
     ids = tokens(5)
-    expected = whole(directory, ids)
+    expected = transformers_logits(directory, ids)
     assert float(expected.std()) > 0.1
-    torch.testing.assert_close(streamed(source, ids), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(blockwise_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_fused_attention(
     monkeypatch: pytest.MonkeyPatch, saved: Callable[[str], Path]
 ) -> None:
-    """transformers refuses to build it with the one of PyTorch; some versions GPT-J, for one."""
+    """transformers refuses to build some models with PyTorch's fused attention, in some versions GPT-J."""
     from transformers import LlamaForCausalLM
 
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
     directory = saved("llama")
-    agree(Source.open(directory), directory)
+    assert_agreement(SourceModel.open(directory), directory)
 
 
 def gemma4(per_layer: int) -> Gemma4TextConfig:
@@ -120,30 +119,36 @@ def gemma4(per_layer: int) -> Gemma4TextConfig:
     ids=lambda config: str(config.model_type),
 )  # fmt: skip
 def test_blocks_called_in_other_ways(config: Any, tmp_path: Path) -> None:
-    """Models written long ago take the first of what a block gives, or name no arguments; BLOOM makes its biases for
-    each window anew."""
+    """Some take the first item of a block's output or pass arguments by position; BLOOM has biases for each window."""
     directory = write(tmp_path / "model", config)
-    agree(Source.open(directory), directory)
+    assert_agreement(SourceModel.open(directory), directory)
 
 
-def test_blocks_that_take_more_of_each_token_than_states(tmp_path: Path) -> None:
-    source = Source.open(write(tmp_path / "model", gemma4(32)))
+def test_blocks_that_take_more_than_states_for_each_token(tmp_path: Path) -> None:
+    model = SourceModel.open(write(tmp_path / "model", gemma4(32)))
     with pytest.raises(InputError, match="Gemma4TextDecoderLayer takes per_layer_input for every token"):
-        block_forward.embed(source, tokens(2), CPU, CPU, torch.float32)
+        embed(model, tokens(2), CPU, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_streamed_is_whole(family: str, saved: Callable[[str], Path]) -> None:
+def test_blockwise_logits_are_those_of_the_model(family: str, saved: Callable[[str], Path]) -> None:
     directory = saved(family)
-    source = Source.open(directory)
-    assert len(source.blocks) == 2
-    assert source.dtype == torch.float32
-    linears = source.linears(0)
-    assert all(linear.name == f"{source.blocks[0]}.{linear.path}" for linear in linears)
-    inside = {f"{x.name}.weight" for i in range(2) for x in source.linears(i)}
-    assert set(source.outside()) == set(source.files) - inside
-    assert not any("proj" in n or "dense" in n for n in source.outside() if n.endswith("weight"))
-    agree(source, directory)
+    model = SourceModel.open(directory)
+    assert len(model.blocks) == 2
+    assert model.dtype == torch.float32
+    linears = model.linears(0)
+    assert all(linear.name == f"{model.blocks[0]}.{linear.path}" for linear in linears)
+    inside = {f"{x.name}.weight" for i in range(2) for x in model.linears(i)}
+    parts = [model.float_tensors(index) for index in (None, 0, 1)]
+    floats = [name for part in parts for name in part]
+    assert len(floats) == len(set(floats))
+    assert set(floats) == set(model.store.files) - inside
+    assert not any("proj" in n or "dense" in n for n in floats if n.endswith("weight"))
+    assert not any(".0." in n or ".1." in n for n in parts[0])
+    assert all(
+        n.startswith(f"{block}.") for block, part in zip(model.blocks, parts[1:], strict=True) for n in part
+    )
+    assert_agreement(model, directory)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
@@ -152,50 +157,52 @@ def test_tied_or_not(family: str, tied: bool, tmp_path: Path) -> None:
     config = FAMILIES[family]()
     config.tie_word_embeddings = tied
     directory = write(tmp_path / "m", config)
-    source = Source.open(directory)
-    assert ("lm_head.weight" in source.files) is not tied
-    agree(source, directory)
+    model = SourceModel.open(directory)
+    assert ("lm_head.weight" in model.store.files) is not tied
+    assert_agreement(model, directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_shards_and_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     directory = write(tmp_path / "m", FAMILIES["qwen3"](), dtype=dtype, shard="200KB")
     assert len(list(directory.glob("*.safetensors"))) > 2
-    source = Source.open(directory)
-    assert source.dtype == dtype
-    agree(source, directory)
+    model = SourceModel.open(directory)
+    assert model.dtype == dtype
+    assert_agreement(model, directory)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
 def test_names_without_the_base_models_prefix(family: str, tmp_path: Path) -> None:
-    """As the base model alone saves them."""
+    """The base model saves them so, without its output head."""
     config = FAMILIES[family]()
     config.tie_word_embeddings = True
     directory = write(tmp_path / "m", config)
     load: Any = AutoModel.from_pretrained
     load(directory).save_pretrained(directory)
     (directory / "config.json").write_text(config.to_json_string())
-    source = Source.open(directory)
-    assert all(name.startswith(("layers.", "embed", "norm", "final")) for name in source.files)
-    name = source.linears(1)[0].name
-    assert source.stored_name(name) == name.partition(".")[2]
-    agree(source, directory)
+    model = SourceModel.open(directory)
+    assert all(name.startswith(("layers.", "embed", "norm", "final")) for name in model.store.files)
+    name = model.linears(1)[0].name
+    assert model.names.of(name) == name.partition(".")[2]
+    assert_agreement(model, directory)
 
 
 def test_embedded_model_opens() -> None:
-    source = Source.open(EMBEDDED_MODEL)
-    assert source.dtype == torch.float16
-    assert {p.name for p in source.side_files()} >= {"tokenizer.json", "generation_config.json", "LICENSE"}
-    assert not any(p.suffix == ".safetensors" or p.name == "config.json" for p in source.side_files())
-    ids = torch.tensor([source.tokenizer("This module provides a class")["input_ids"]])
-    torch.testing.assert_close(streamed(source, ids), whole(EMBEDDED_MODEL, ids), rtol=1e-4, atol=1e-4)
+    model = SourceModel.open(EMBEDDED_MODEL)
+    assert model.dtype == torch.float16
+    side_files = SideFiles(EMBEDDED_MODEL).list()
+    assert {p.name for p in side_files} >= {"tokenizer.json", "generation_config.json", "LICENSE"}
+    assert not any(p.suffix == ".safetensors" or p.name == "config.json" for p in side_files)
+    ids = torch.tensor([model.tokenizer("This module provides a class")["input_ids"]])
+    expected = transformers_logits(EMBEDDED_MODEL, ids)
+    torch.testing.assert_close(blockwise_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_distinct_inputs(saved: Callable[[str], Path]) -> None:
-    source = Source.open(saved("gemma2"))
-    states, calls = block_forward.embed(source, tokens(2), CPU, CPU, torch.float32)
-    source.load(source.modules[1], source.blocks[1], CPU, torch.float32)
-    found = block_forward.distinct_inputs(source.modules[1], states, calls.kwargs[1])
+    model = SourceModel.open(saved("gemma2"))
+    states, kwargs = embed(model, tokens(2), CPU, CPU, torch.float32)
+    block = model.load_block(1, CPU, torch.float32)
+    found = distinct_inputs(block, states, kwargs[1])
     assert [sorted(p.rpartition(".")[2] for p in group) for group in found] == [
         ["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"],
     ]  # fmt: skip
@@ -204,53 +211,48 @@ def test_distinct_inputs(saved: Callable[[str], Path]) -> None:
 def test_capture_sees_every_window_once(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where memory runs out in the middle of a block: no group sees a window twice."""
-    source = Source.open(saved("llama"))
-    states, calls = block_forward.embed(source, tokens(7), CPU, CPU, torch.float32)
-    block = source.modules[0]
-    source.load(block, source.blocks[0], CPU, torch.float32)
-    groups = block_forward.distinct_inputs(block, states, calls.kwargs[0])
+    """Where memory runs out in the middle of a block, no group sees a window twice either."""
+    model = SourceModel.open(saved("llama"))
+    states, kwargs = embed(model, tokens(7), CPU, CPU, torch.float32)
+    block = model.load_block(0, CPU, torch.float32)
+    groups = distinct_inputs(block, states, kwargs[0])
 
-    def run(windows: int) -> list[torch.Tensor]:
+    def captured(windows: int) -> list[torch.Tensor]:
         seen: list[list[torch.Tensor]] = [[] for _ in groups]
-        batch = MicroBatch(CPU, states.length, 1, tokens=windows * states.length)
-        block_forward.capture(
-            block,
-            states,
-            calls.kwargs[0],
-            groups,
-            batch,
-            lambda i, x: seen[i].append(x.flatten(0, -2).clone()),
-        )
+        batch = MicroBatch(Device(CPU), states.length, 1, tokens=windows * states.length)
+
+        def keep(group: int, x: torch.Tensor) -> None:
+            seen[group].append(x.flatten(0, -2).clone())
+
+        capture_inputs(block, states, kwargs[0], groups, batch, keep)
         return [torch.cat(parts) for parts in seen]
 
-    plain = run(3)
+    plain = captured(3)
     assert all(x.shape[0] == 7 * 24 for x in plain)
-    real, calls_made = torch.nn.functional.silu, [0]
+    real, calls = torch.nn.functional.silu, [0]
 
     def scarce(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls_made[0] += 1
+        calls[0] += 1
         if x.shape[0] > 2:
             raise torch.cuda.OutOfMemoryError("no memory")
         return real(x, *args, **kwargs)
 
     monkeypatch.setattr(block.get_submodule("mlp.act_fn"), "forward", scarce)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    # Five windows, then two at a time: the third portion holds one window that was seen and one that was not.
-    for got, expected in zip(run(5), plain, strict=True):
+    # Five windows, then two at a time: the third portion has one window that was captured and one that was not.
+    for got, expected in zip(captured(5), plain, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert calls_made[0] > 4
+    assert calls[0] > 4
 
 
 def test_states_that_overflow(saved: Callable[[str], Path]) -> None:
-    source = Source.open(saved("llama"))
-    states, calls = block_forward.embed(source, tokens(2), CPU, CPU, torch.float32)
-    block = source.modules[0]
-    source.load(block, source.blocks[0], CPU, torch.float32)
+    model = SourceModel.open(saved("llama"))
+    states, kwargs = embed(model, tokens(2), CPU, CPU, torch.float32)
+    block = model.load_block(0, CPU, torch.float32)
     with torch.no_grad():
         block.get_parameter("mlp.down_proj.weight").fill_(1e38)
     with pytest.raises(WorkError, match=r"states after model\.layers\.0 are not finite") as caught:
-        block_forward.replay(block, source.blocks[0], states, calls.kwargs[0], MicroBatch(CPU, 24, 1))
+        replay(block, model.blocks[0], states, kwargs[0], MicroBatch(Device(CPU), 24, 1))
     one_line(caught.value)
 
 
@@ -275,7 +277,7 @@ def configure(directory: Path, **values: Any) -> None:
 
 def refused(directory: Path, words: str, kind: type[Exception] = InputError) -> None:
     with pytest.raises(kind, match=words) as caught:
-        Source.open(directory)
+        SourceModel.open(directory)
     assert type(caught.value) is kind
     one_line(caught.value)
 
@@ -320,9 +322,9 @@ def test_configs(values: dict[str, Any], words: str | None, copied: Callable[[st
     configure(directory, **values)
     if words is not None:
         return refused(directory, words)
-    source = Source.open(directory)  # told when the block is reached
+    model = SourceModel.open(directory)  # refused when the block is reached
     with pytest.raises(WorkError, match=r"no tensor model\.layers\.2\..*download"):
-        source.load(source.modules[2], source.blocks[2], CPU, torch.float32)
+        model.load_block(2, CPU, torch.float32)
     return None
 
 
@@ -372,8 +374,8 @@ def test_pickles_converted(
     (directory / "model.safetensors").unlink()
     torch.save(dict(list(tensors.items())[::2]), directory / "pytorch_model-1.bin")
     torch.save(dict(list(tensors.items())[1::2]), directory / "pytorch_model-2.bin")
-    source = Source.open(convert_pickles(directory, tmp_path / "converted"))
-    agree(source, saved("llama"))
+    model = SourceModel.open(convert_pickles(directory, tmp_path / "converted"))
+    assert_agreement(model, saved("llama"))
 
 
 class Harmful:
@@ -419,12 +421,12 @@ def test_damaged_weights(copied: Callable[[str], Path]) -> None:
     (directory / "model.safetensors").write_bytes(data[: len(data) // 2])
     refused(directory, r"model\.safetensors is damaged.*download the model again")
     (directory / "model.safetensors").rename(directory / "a.safetensors")
-    names = json.dumps({"weight_map": dict.fromkeys(tensor_files_of(data), "a.safetensors")})
+    names = json.dumps({"weight_map": dict.fromkeys(tensor_names(data), "a.safetensors")})
     (directory / "model.safetensors.index.json").write_text(names)
     refused(directory, r"a\.safetensors is damaged")
 
 
-def tensor_files_of(data: bytes) -> list[str]:
+def tensor_names(data: bytes) -> list[str]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return [name for name in header if name != "__metadata__"]
 
@@ -470,9 +472,9 @@ def test_other_weights_than_the_config_says(copied: Callable[[str], Path]) -> No
 def test_broken_weights(edit: Edit, kind: type[Exception], words: str, copied: Callable[[str], Path]) -> None:
     directory = copied("llama")
     change(directory, edit)
-    source = Source.open(directory)
+    model = SourceModel.open(directory)
     with pytest.raises(kind, match=words) as caught:
-        streamed(source, tokens(2))
+        blockwise_logits(model, tokens(2))
     assert type(caught.value) is kind
     one_line(caught.value)
 
@@ -492,7 +494,7 @@ def test_model_without_linears(copied: Callable[[str], Path]) -> None:
     refused(directory, "GPT2LMHeadModel has no decoder blocks with linear layers")
 
 
-def test_helpers_agree(saved: Callable[[str], Path]) -> None:
+def test_config_and_tensor_files(saved: Callable[[str], Path]) -> None:
     directory = saved("llama")
     assert examine_config(directory)["model_type"] == "llama"
     assert set(tensor_files(directory)) == set(load_file(directory / "model.safetensors"))
@@ -526,7 +528,7 @@ LLAMA3 = {
         ({}, {}),
     ],
 )
-def test_rope_for_old_readers(config: dict[str, Any], old: dict[str, Any]) -> None:
+def test_rope_keys_for_old_readers(config: dict[str, Any], old: dict[str, Any]) -> None:
     before = json.dumps(config)
     assert with_old_rope_keys(config) == old | config
     nested = with_old_rope_keys({"text_config": config})
@@ -546,7 +548,7 @@ def test_rope_is_read_as_before(family: str, rope: dict[str, Any], copied: Calla
     raw = with_old_rope_keys(json.loads((directory / "config.json").read_text()))
     (directory / "config.json").write_text(json.dumps(raw))
     assert AutoConfig.from_pretrained(directory).rope_parameters == before
-    # Without the new key, as old readers have it, the old ones say the same where they can.
+    # Old readers ignore the new key. Without it the old keys say the same, where they can.
     del raw["rope_parameters"]
     (directory / "config.json").write_text(json.dumps(raw))
     found = AutoConfig.from_pretrained(directory).rope_parameters
@@ -557,14 +559,12 @@ def test_rope_is_read_as_before(family: str, rope: dict[str, Any], copied: Calla
 
 
 def test_what_is_written_into_a_block_is_not_read_again(saved: Callable[..., Path]) -> None:
-    """float32 on the CPU needs no conversion, and files are mapped."""
-    source = Source.open(saved("llama", torch.float32))
-    block: Any = source.modules[0]
-    name = source.blocks[0]
-    source.load(block, name, CPU, torch.float32)
+    """Files are mapped, and float32 on the CPU needs no conversion: a block still has its own memory."""
+    model = SourceModel.open(saved("llama", torch.float32))
+    block: Any = model.load_block(0, CPU, torch.float32)
     weight = block.mlp.up_proj.weight
     before = weight.clone()
     with torch.no_grad():
         weight.zero_()
-    source.load(block, name, CPU, torch.float32)
+    model.load_block(0, CPU, torch.float32)
     assert torch.equal(block.mlp.up_proj.weight, before)

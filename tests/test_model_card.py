@@ -1,4 +1,4 @@
-"""Model card, report and plot: what they say, what they must never say, and that two runs say the same."""
+"""Test model card, report and plot: what they say, what they must never say, and that two runs say the same."""
 
 from __future__ import annotations
 
@@ -16,52 +16,67 @@ import torch
 from huggingface_hub import metadata_load
 
 import gptq_quantize
+import llm_quantize
 from conftest import Runs
-from llm_quantize.blockwise.block_solution import LayerReport
+from llm_quantize.blockwise.layer_report import LayerReport
 from llm_quantize.calibration.windows import Windows
-from llm_quantize.config import (
-    EMBEDDED_CALIBRATION,
-    EMBEDDED_HELDOUT,
-    EMBEDDED_MODEL,
-    VERSION,
-    Method,
-    QuantizeConfig,
-    default_calibration,
-)
+from llm_quantize.config import QuantizeConfig, default_calibration, shown_text
 from llm_quantize.evaluation import model_card
+from llm_quantize.evaluation.error_plot import plot_errors
 from llm_quantize.evaluation.perplexity import Measured
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
+from llm_quantize.io.shown_names import shown_name
+from llm_quantize.types import Method
 from models import FAMILIES, write
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: Any) -> model_card.Facts:
+def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: Any) -> model_card.CardFacts:
+    """Make the facts of a checkpoint that `config` asks for."""
     layers = [
         LayerReport(f"model.layers.{i}.mlp.{kind}", 0.01 * (i + 1), 0.1, 0, None, None, 0.5 + i)
         for i in range(3)
         for kind in ("up_proj", "down_proj")
     ]
     tokens = torch.zeros(2, 8, dtype=torch.int64)
-    known = model_card.Facts(
-        config=config,
+    assert config.model_path is not None
+    base_model = shown_name(config.model_path).partition("@")[0]
+    known = model_card.CardFacts(
+        method=config.method,
+        scheme=config.scheme,
+        format=config.checkpoint_format,
+        base_model=base_model,
+        on_hub="/" in base_model,
+        command=" ".join(config.command()),
         directory=directory,
         source_bytes=4 << 20,
         quantized_bytes=1 << 20,
         architecture="LlamaForCausalLM",
-        tied=False,
-        windows=Windows(tokens, 3, 40, 2, "/home/someone/text.txt", "f" * 64),
-        heldout_sha256="e" * 64,
+        repeats_head=True,
+        backend=config.backend,
+        library=None,
+        library_versions=None,
+        quality=config.quality,
         damping=0.1,
+        vllm_refusal=config.vllm_refusal,
+        windows=Windows(tokens, 3, 40, 2, "/home/someone/text.txt", "f" * 64),
+        calibration_data=shown_text(config.calibration.data),
+        own_calibration_text=False,
+        seed=config.calibration.seed,
+        eval_data=shown_text(config.eval_data),
+        heldout_sha256="e" * 64,
+        on_calibration_text=config.eval_data == config.calibration.data,
         layers=layers,
         measured=Measured(100, 10.0, 11.0, 0.0123, 0.9),
     )
     return replace(known, **changes)
 
 
-def make(target: Path, told: model_card.Facts) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Text of the card, its metadata, the report."""
+def make(target: Path, known: model_card.CardFacts) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Write the files; return the card's text, its metadata, and the report."""
     target.mkdir(exist_ok=True)
-    for name, content in model_card.files(told).items():
+    for name, content in model_card.card_files(known).items():
         (target / name).write_bytes(content)
     text = (target / model_card.CARD).read_text("utf-8")
     return (
@@ -79,9 +94,12 @@ def config(method: Method = "gptq", **values: Any) -> QuantizeConfig:
     )
 
 
-def test_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["version"] == VERSION
+def test_the_version_is_in_one_place() -> None:
+    """The build takes it from the module that the program takes it from."""
+    file = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert "version" not in file["project"]
+    module = ROOT / file["tool"]["hatch"]["version"]["path"]
+    assert f'__version__ = "{llm_quantize.__version__}"' in module.read_text("utf-8")
 
 
 # -- a published checkpoint
@@ -101,6 +119,7 @@ def test_published_card(runs: Runs) -> None:
         "language": "en",
         "tags": ["awq", "4-bit", "quantized", "vllm"],
     }
+    assert report["schema"] == 2
     measured = report["measured"]
     assert measured["tokens"] == 4 * 127
     assert 30 < measured["perplexity_source"] < measured["perplexity_quantized"] < 100
@@ -134,17 +153,17 @@ def test_the_command_makes_the_same_again(runs: Runs, tmp_path: Path) -> None:
         str(EMBEDDED_CALIBRATION),
     )
     run = runs("gptq", *words)
-    told = json.loads((run.path / "quantization_report.json").read_text("utf-8"))["command"].split()
-    assert told[:2] == ["python", "inference/quantize/gptq_quantize.py"]
+    command = json.loads((run.path / "quantization_report.json").read_text("utf-8"))["command"].split()
+    assert command[:2] == ["python", "inference/quantize/gptq_quantize.py"]
     again = tmp_path / "again"
-    assert gptq_quantize.main([*told[2:], "--output_path", str(again), "--device", "cpu"]) == 0
+    assert gptq_quantize.main([*command[2:], "--output_path", str(again), "--device", "cpu"]) == 0
     assert {f.name: f.read_bytes() for f in again.iterdir()} == {
         f.name: f.read_bytes() for f in run.path.iterdir()
     }
 
 
-def test_nothing_tells_when_or_where(tmp_path: Path, runs: Runs) -> None:
-    """Not the paths of the run, in no file; and no dates, times or durations."""
+def test_nothing_says_when_or_where(tmp_path: Path, runs: Runs) -> None:
+    """No file holds a path of the run; and there are no dates, times or durations."""
     source = write(tmp_path / "secret-user" / "my-model", FAMILIES["llama"](), dtype=torch.bfloat16)
     text = tmp_path / "secret-user" / "text.txt"
     shutil.copyfile(EMBEDDED_CALIBRATION, text)
@@ -174,12 +193,17 @@ def test_hub_ids_stay(tmp_path: Path) -> None:
     assert "/home/someone" not in text + json.dumps(report)
 
 
-def test_a_path_into_the_cache_is_its_hub_id(tmp_path: Path) -> None:
+def test_a_path_into_the_cache_is_its_hub_id(tmp_path: Path, runs: Runs) -> None:
     snapshot = tmp_path / "hub" / "models--org--some-model" / "snapshots" / "0123abc"
-    snapshot.mkdir(parents=True)
-    told = config(model_path=str(snapshot))
-    assert model_card.base_model(told) == "org/some-model"
-    assert "--model_path org/some-model@0123abc " in model_card.command(told)
+    snapshot.parent.mkdir(parents=True)
+    write(snapshot, FAMILIES["llama"](), dtype=torch.bfloat16)
+    assert "--model_path org/some-model@0123abc " in " ".join(config(model_path=str(snapshot)).command())
+    run = runs(
+        "gptq", "--model_path", str(snapshot), "--group_size", "32", "--calib_data", str(EMBEDDED_CALIBRATION)
+    )
+    report = json.loads((run.path / "quantization_report.json").read_text("utf-8"))
+    assert report["base_model"] == "org/some-model"
+    assert "--model_path org/some-model@0123abc " in report["command"]
 
 
 @pytest.mark.parametrize(
@@ -234,12 +258,12 @@ def test_warnings(tmp_path: Path) -> None:
     layers[0] = replace(layers[0], fallback="rounded to nearest: no usable inputs", damping=0.0)
     layers[1] = replace(layers[1], damping=1.0)
     layers[2] = replace(layers[2], dead=5)
-    told = facts(
-        config(bits=3, layout="gptq", eval_data="wikitext"),
+    known = facts(
+        config(bits=3, format="gptq", eval_data="wikitext"),
         layers=layers,
         windows=replace(plain.windows, requested=9),
     )
-    text, metadata, report = make(tmp_path / "out", told)
+    text, metadata, report = make(tmp_path / "out", known)
     assert report["warnings"] == [
         "model.layers.0.mlp.up_proj: rounded to nearest: no usable inputs",
         "model.layers.0.mlp.down_proj: damping raised to 1 before the factorization succeeded",
@@ -267,7 +291,7 @@ def test_warnings(tmp_path: Path) -> None:
 def test_how_to_use_it(
     tmp_path: Path, method: Method, values: dict[str, Any], tied: bool, there: list[str], absent: list[str]
 ) -> None:
-    text = make(tmp_path / "out", facts(config(method, **values), tied=tied))[0]
+    text = make(tmp_path / "out", facts(config(method, **values), repeats_head=not tied))[0]
     for word in there:
         assert word in text
     for word in absent:
@@ -280,18 +304,18 @@ def test_how_to_use_it(
 # -- the plot
 
 
-def test_plot_is_the_same_again_and_shows_the_errors(tmp_path: Path) -> None:
-    told = facts(config())
-    first, second = model_card.plot(told.layers), model_card.plot(told.layers)
+def test_plot_is_the_same_again_and_shows_the_errors() -> None:
+    layers = facts(config()).layers
+    first, second = plot_errors(layers), plot_errors(layers)
     assert first is not None
     assert first == second
     assert first.startswith(b"\x89PNG")
     assert b"tEXt" not in first  # no date, no program
-    worse = [replace(told.layers[0], error=0.5), *told.layers[1:]]
-    assert model_card.plot(worse) != first
+    worse = [replace(layers[0], error=0.5), *layers[1:]]
+    assert plot_errors(worse) != first
     # Names without a number, many kinds and an error of zero.
-    odd = [replace(told.layers[0], name=f"expert_{i}.w", error=0.0) for i in range(40)]
-    assert model_card.plot(odd) is not None
+    odd = [replace(layers[0], name=f"expert_{i}.w", error=0.0) for i in range(40)]
+    assert plot_errors(odd) is not None
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
