@@ -21,8 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
 from llm_quantize.backends import registry
-from llm_quantize.config import EMBEDDED_CALIBRATION, EMBEDDED_MODEL, CalibrationConfig, QuantizeConfig
+from llm_quantize.calibration.windows import CalibrationConfig
+from llm_quantize.config import QuantizeConfig
 from llm_quantize.errors import InputError, WorkError
+from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
 
 HERE = Path(__file__).resolve().parent
 PEER = "llm-compressor"
@@ -32,10 +34,10 @@ registry.LIBRARIES[PEER] = registry.Library(
     "llmcompressor",
     str(HERE / "run_llmcompressor.py"),
     {"awq": (4, 8), "gptq": (2, 3, 4, 8)},
-    layout="compressed-tensors",
+    format="compressed-tensors",
 )
 # What a library does between its first and its last look at the weights; the native stages of the same name are those
-# of blocks.py. Packing belongs to it everywhere, writing files only where it cannot be told apart (native).
+# of its loop over blocks. Packing belongs to it everywhere, writing files only where it cannot be told apart (native).
 WORK = ("quantize", "embed", "capture", "solve", "pack", "replay")
 TITLES = {"native": "this program"}
 
@@ -141,11 +143,10 @@ def machine(device: str) -> str:
     """What it ran on."""
     import torch
 
-    from llm_quantize.evaluation.perplexity import pick_device
+    from llm_quantize.device import Device
 
-    found = pick_device(device)
-    name = torch.cuda.get_device_name(found) if found.type == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}"
+    found = Device.pick(device)
+    return f"{found.name if found.is_gpu else 'CPU'}, torch {torch.__version__}"
 
 
 def build_parser() -> argparse.ArgumentParser:

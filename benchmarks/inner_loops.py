@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +25,15 @@ from llm_quantize.kernels.coordinate_descent import Descent, descend_columns
 from llm_quantize.kernels.gptq_columns import Rounding, compensate_columns
 from llm_quantize.kernels.launcher import on_triton
 from llm_quantize.kernels.permutation import permute
-from llm_quantize.kernels.precision import tensor_cores
+from llm_quantize.kernels.precision import tf32_matmul
 from llm_quantize.kernels.tiling import COLUMNS
-from llm_quantize.solver import awq_scales, gptq, qparams
+from llm_quantize.solver import awq, compensation, factorization, qparams
 from llm_quantize.solver.hessian import HessianAccumulator
-from llm_quantize.solver.qparams import QParams, QuantScheme
+from llm_quantize.solver.qparams import QParams
+from llm_quantize.types import QuantScheme
 
 HIDDEN, MLP, TOKENS = 3584, 18944, 32768
-SPEC = QuantScheme(bits=4, group_size=128, symmetric=True)
+SCHEME = QuantScheme(bits=4, group_size=128, symmetric=True)
 
 
 def timed(work: Callable[[], object], repeats: int = 3) -> float:
@@ -54,8 +54,7 @@ def product_rate(dtype: torch.dtype, *, tf32: bool = False) -> float:
     """Operations a second of a large product."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
-    with tensor_cores() if tf32 else nullcontext():
-        return 2 * n**3 / timed(lambda: a @ b)
+    return 2 * n**3 / timed(lambda: tf32_matmul(a, b) if tf32 else a @ b)
 
 
 def copy_rate() -> float:
@@ -78,7 +77,7 @@ def inputs(width: int, tokens: int) -> Tensor:
 
 def _normed(A: Tensor, H: Tensor) -> None:
     """`A` becomes `H` with a diagonal of about one, as Cholesky takes it."""
-    permute(H, torch.arange(len(H), device=H.device), 1 / gptq.norms(H), A)
+    permute(H, torch.arange(len(H), device=H.device), 1 / factorization.diagonal_norms(H), A)
 
 
 def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
@@ -86,7 +85,7 @@ def _cholesky(A: Tensor, H: Tensor) -> list[Tensor]:
     return cholesky.cholesky_(A)[1]
 
 
-def factorization(H: Tensor, rates: dict[str, float]) -> gptq.Factor:
+def time_factorization(H: Tensor, rates: dict[str, float]) -> factorization.Factor:
     """Times the factorization of `H` (n, n) and its parts; the floor is three products on the tensor cores."""
     n = H.shape[0]
     floor = 3 * n**3 / 3 / rates["half"]
@@ -97,14 +96,13 @@ def factorization(H: Tensor, rates: dict[str, float]) -> gptq.Factor:
         cholesky.PANEL = panel
         row(f"Cholesky of {n} by panels of {panel}", timed(partial(_cholesky, A, H), 1) - copying, floor)
     cholesky.PANEL = plain
-    if n <= HIDDEN:
-        row("  the library's", timed(partial(torch.linalg.cholesky_ex, H), 1), floor)
+    row("  the library's", timed(partial(torch.linalg.cholesky_ex, H), 1), floor)
     del A
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    factor = gptq.factorize(H, 0.0, act_order=True)
+    factor = factorization.factorize(H, 0.0, act_order=True)
     used = (torch.cuda.max_memory_allocated() - base) / (n * n * 4)
-    seconds = timed(lambda: gptq.factorize(H, 0.0, act_order=True))
+    seconds = timed(lambda: factorization.factorize(H, 0.0, act_order=True))
     row(f"factorize {n} (all of it)", seconds, floor)
     print(f"  beside H it took {used:.2f} of its size", flush=True)
     if n == MLP:
@@ -120,25 +118,25 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     label = f"{out} x {width}"
     hessian = HessianAccumulator(width, "cuda")
     seconds = timed(partial(hessian.add, inputs(width, TOKENS)), 2)
-    row(f"second moment, {TOKENS} tokens of {width}", seconds, TOKENS * width * (width + 1) / rates["half"])
+    row(f"Hessian, {TOKENS} tokens of {width}", seconds, TOKENS * width * (width + 1) / rates["half"])
     H = hessian.finish()
-    gptq.condition_(H, 0.1)
-    factor = factorization(H, rates)
+    factorization.condition_(H, 0.1)
+    factor = time_factorization(H, rates)
 
     W = 0.02 * torch.randn(out, width, device="cuda")
-    M = qparams.hessian_blocks(H, SPEC.group_size)
-    tries = 2 * qparams.ScaleSearch().sweep + 2 * qparams.ScaleSearch().refits
-    seconds = timed(lambda: qparams.search_qparams(W, M, SPEC), 2)
-    row(f"search {label}", seconds, 2.0 * tries * SPEC.group_size * W.numel() / rates["tf32"])
-    found = qparams.search_qparams(W, M, SPEC)
+    M = qparams.hessian_blocks(H, SCHEME.group_size)
+    tries = 2 * qparams.ScaleSearch().candidates + 2 * qparams.ScaleSearch().refits
+    seconds = timed(lambda: qparams.search_qparams(W, M, SCHEME), 2)
+    row(f"search {label}", seconds, 2.0 * tries * SCHEME.group_size * W.numel() / rates["tf32"])
+    found = qparams.search_qparams(W, M, SCHEME)
 
     # The floor: the products on the tensor cores, and every weight read and written once.
     pieces = range(0, width, COLUMNS)
-    seconds = timed(lambda: gptq.compensate(W, found, SPEC, factor), 2)
+    seconds = timed(lambda: compensation.compensate(W, found, SCHEME, factor), 2)
     floor = 1.0 * out * width**2 / rates["half"] + W.numel() * 13 / rates["copy"]
     row(f"compensate {label} (all of it)", seconds, floor)
     scale, zero = found.scale.T.contiguous(), found.zero.T.contiguous()
-    group = torch.div(factor.order, SPEC.group_size, rounding_mode="floor")
+    group = torch.div(factor.order, SCHEME.group_size, rounding_mode="floor")
     work, q = W.T.contiguous(), torch.empty(width, out, dtype=torch.uint8, device="cuda")
     errors = torch.empty(COLUMNS, out, device="cuda")
     R = factor.inverses[-1][:COLUMNS, :COLUMNS]  # one piece for all
@@ -146,14 +144,14 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     def columns_alone() -> None:
         for a in pieces:
             s = slice(a, a + COLUMNS)
-            state = Rounding(work[s], scale, zero, group[s], R, SPEC.qmax, q[s], errors)
+            state = Rounding(work[s], scale, zero, group[s], R, SCHEME.qmax, q[s], errors)
             compensate_columns(state, slice(0, COLUMNS))
 
     row("  of it the loops over columns", timed(columns_alone, 2), W.numel() * 13 / rates["copy"])
-    done = gptq.compensate(W, found, SPEC, factor)
+    done = compensation.compensate(W, found, SCHEME, factor)
 
     def descend(sweeps: int) -> tuple[Tensor, QParams]:
-        return gptq.descend(W, done, found, SPEC, H, sweeps=sweeps, refit=True)
+        return compensation.descend(W, done, found, SCHEME, H, sweeps=sweeps, refit=True)
 
     product = 2.0 * out * width**2 / rates["half"]  # the gradient at the start costs as much as a whole sweep
     traffic = W.numel() * 10 / rates["copy"]
@@ -161,7 +159,9 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     row(f"descend {label}, two sweeps (all of it)", twice, 2.5 * product + 2 * traffic)
     row("  of it one more sweep", twice - once, product + traffic)
     gradient, integers = torch.randn(width, out, device="cuda"), done.T.contiguous()
-    state = Descent(gradient, scale, zero, H, SPEC.qmax, integers, errors, SPEC.scale_dtypes, SPEC.group_size)
+    state = Descent(
+        gradient, scale, zero, H, SCHEME.qmax, integers, errors, SCHEME.scale_dtypes, SCHEME.group_size
+    )
 
     def descent_alone() -> None:
         for a in pieces:
@@ -170,23 +170,22 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     row("  of it the loops over columns", timed(descent_alone, 2), W.numel() * 10 / rates["copy"])
 
     rows = torch.arange(width, device="cuda")
-    spec = QuantScheme(bits=4, group_size=128, symmetric=False)
-    effort = qparams.ScaleSearch(8, 1)
+    scheme = QuantScheme(bits=4, group_size=128, symmetric=False)
 
     def choose() -> object:
-        return awq_scales.choose_scales(W, H, factor, rows, width, spec, effort)
+        return awq.choose_scales(W, H, factor, rows, width, scheme)
 
     # Compensation and one product with H for the sampled rows and each candidate.
-    floor = 3.0 * awq_scales.ROWS * len(awq_scales.ALPHAS) * width**2 / rates["tf32"]
+    floor = 3.0 * awq.SAMPLED_ROWS * len(awq.ALPHAS) * width**2 / rates["tf32"]
     row(f"AWQ's scales for {label}", timed(choose, 2), floor)
 
     descended, refitted = descend(1)
-    plain = qparams.minmax_qparams(W, SPEC)
+    plain = qparams.minmax_qparams(W, SCHEME)
     losses = [
-        gptq.output_error(W, qparams.dequantize(integers, chosen, SPEC.group_size), H)
+        output_error(W, qparams.dequantize(integers, chosen), H)
         for integers, chosen in (
-            (qparams.round_to_nearest(W, plain, SPEC), plain),
-            (qparams.round_to_nearest(W, found, SPEC), found),
+            (qparams.round_to_nearest(W, plain, SCHEME), plain),
+            (qparams.round_to_nearest(W, found, SCHEME), found),
             (done, found),
             (descended, refitted),
             descend(2),
@@ -196,9 +195,14 @@ def solve_width(width: int, out: int, rates: dict[str, float]) -> None:
     check("each step lowers the error", sorted(losses, reverse=True) == losses)
 
 
+def output_error(W: Tensor, V: Tensor, H: Tensor) -> float:
+    """The relative squared output error of a linear whose weights are `V` instead of `W`."""
+    return compensation.relative_error(compensation.output_forms(W, V, H))
+
+
 def quadratic(W: Tensor, q: Tensor, chosen: QParams, H: Tensor) -> Tensor:
     """The squared output error of each row, float64."""
-    E = (W - qparams.dequantize(q, chosen, SPEC.group_size)).double()
+    E = (W - qparams.dequantize(q, chosen)).double()
     return ((E @ H.double()) * E).sum(1)
 
 
@@ -220,9 +224,9 @@ def check_against_float64() -> None:
     H = hessian.finish()
     truth = x.double().T @ x.double() / x.shape[0]
     size = truth.diagonal().sqrt()
-    check("second moment to 2e-5", float(((H - truth).abs() / (size[:, None] * size)).max()) < 2e-5)
+    check("Hessian to 2e-5", float(((H - truth).abs() / (size[:, None] * size)).max()) < 2e-5)
 
-    factor = gptq.factorize(H, 0.1, act_order=False)
+    factor = factorization.factorize(H, 0.1, act_order=False)
     damped = H.double()
     U = factor.U.double()
     exact, library = (torch.linalg.cholesky(A.flip(0, 1)).flip(0, 1) for A in (damped, H))
@@ -236,18 +240,18 @@ def check_against_float64() -> None:
 
     R = torch.linalg.inv(U)
     W = 0.02 * torch.randn(out, width, device="cuda")
-    M = qparams.hessian_blocks(H, SPEC.group_size)
-    fast = qparams.search_qparams(W, M, SPEC)
-    parts = W.reshape(out, -1, SPEC.group_size).transpose(0, 1).contiguous()
-    slow = qparams._search(parts, M, SPEC, qparams.ScaleSearch())
-    slow_grid = QParams(slow.scale.T, slow.zero.T)
+    M = qparams.hessian_blocks(H, SCHEME.group_size)
+    fast = qparams.search_qparams(W, M, SCHEME)
+    parts = W.reshape(out, -1, SCHEME.group_size).transpose(0, 1).contiguous()
+    slow = qparams._search(parts, M, SCHEME, qparams.ScaleSearch())
+    slow_qparams = QParams(slow.scale.T, slow.zero.T)
     errors = []
-    for chosen in (fast, slow_grid):
-        E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, SPEC), chosen, SPEC.group_size)
-        E = E.reshape(out, -1, SPEC.group_size).double()
+    for chosen in (fast, slow_qparams):
+        E = W - qparams.dequantize(qparams.round_to_nearest(W, chosen, SCHEME), chosen)
+        E = E.reshape(out, -1, SCHEME.group_size).double()
         errors.append(torch.einsum("ogi,gij,ogj->og", E, M.double(), E))
     ratio = errors[0] / errors[1]
-    same = float((fast.scale == slow_grid.scale).float().mean())
+    same = float((fast.scale == slow_qparams.scale).float().mean())
     # Near ties part the two ways: single groups end better or worse, and on the whole nothing is lost.
     mean, worse = float(ratio.mean()), float((ratio > 1.01).float().mean())
     check(
@@ -256,17 +260,17 @@ def check_against_float64() -> None:
     )
 
     # The recursion in float64 from the same factor: rows part ways at near ties, the error must not.
-    q = gptq.compensate(W, fast, SPEC, factor)
-    s, z = (t.double() for t in qparams.expand(fast, SPEC.group_size))
+    q = compensation.compensate(W, fast, SCHEME, factor)
+    s, z = (t.repeat_interleave(SCHEME.group_size, 1).double() for t in (fast.scale, fast.zero))
     work, V = W.double().clone(), torch.empty(out, width, dtype=torch.float64, device="cuda")
     exact = torch.empty_like(q)
     for j in range(width):
-        integer = ((work[:, j] / s[:, j]).round() + z[:, j]).clamp(0, SPEC.qmax)
+        integer = ((work[:, j] / s[:, j]).round() + z[:, j]).clamp(0, SCHEME.qmax)
         exact[:, j], V[:, j] = integer.to(torch.uint8), (integer - z[:, j]) * s[:, j]
         work[:, j + 1 :] -= ((work[:, j] - V[:, j]) / R[j, j])[:, None] * R[j, j + 1 :]
     same = float((q == exact).float().mean())
-    ours = gptq.output_error(W, qparams.dequantize(q, fast, SPEC.group_size), H)
-    theirs = gptq.output_error(W, V.float(), H)
+    ours = output_error(W, qparams.dequantize(q, fast), H)
+    theirs = output_error(W, V.float(), H)
     check(
         f"compensate: {same:.2%} of integers as float64, error {ours / theirs:.5f} of its",
         abs(ours / theirs - 1) < 2e-3,
@@ -274,13 +278,15 @@ def check_against_float64() -> None:
 
     # Descent beside its twin on the CPU's float32: no row may lose, and the two must end alike.
     form = quadratic(W, q, fast, H)
-    descended, refitted = gptq.descend(W, q, fast, SPEC, H, sweeps=2, refit=True)
+    descended, refitted = compensation.descend(W, q, fast, SCHEME, H, sweeps=2, refit=True)
     after = quadratic(W, descended, refitted, H)
     worst = float((after / form).max())
     check(f"descend: no row's error grows (at most {worst:.6f} of what it was)", worst < 1 + 1e-4)
     few = slice(0, 64)
     on_cpu = QParams(fast.scale[few].cpu(), fast.zero[few].cpu())
-    twin, its = gptq.descend(W[few].cpu(), q[few].cpu(), on_cpu, SPEC, H.cpu(), sweeps=2, refit=True)
+    twin, its = compensation.descend(
+        W[few].cpu(), q[few].cpu(), on_cpu, SCHEME, H.cpu(), sweeps=2, refit=True
+    )
     moved = QParams(its.scale.cuda(), its.zero.cuda())
     alike = float((descended[few].cpu() == twin).float().mean())
     end = float(after[few].sum() / quadratic(W[few], twin.cuda(), moved, H).sum())

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from llm_quantize import cli
-from llm_quantize.blockwise import block_solution
 from llm_quantize.kernels import cholesky
-from llm_quantize.solver import awq_scales
+from llm_quantize.solver import awq, problem
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def emulated(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def multiply_halves_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
-    """`cholesky.halves_` anywhere."""
+    """`cholesky.half_product_` anywhere."""
     out.addmm_(a.float(), b.float(), alpha=alpha, beta=beta)
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     for name in ("float32", "as on a GPU"):
         if name != "float32":
             cholesky.has_half_products, cholesky.half_product_ = (lambda _: True), multiply_halves_
-            modules: tuple[Any, ...] = (block_solution, awq_scales)
+            modules: tuple[Any, ...] = (problem, awq)
             for module in modules:
                 module.compensate = emulated(module.compensate)
             modules[0].descend = emulated(modules[0].descend)

@@ -13,7 +13,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,38 +25,55 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference" / "quantize"))
 
 from llm_quantize.blockwise import block_solution, tuning
-from llm_quantize.blockwise.block_solution import BlockChanges, QualityPreset, SolveOptions, solve_block
+from llm_quantize.blockwise.block_solution import BlockProblem, solve_block
+from llm_quantize.blockwise.channel_scaling import BlockScaling
 from llm_quantize.blockwise.reference import ReferenceBlock
-from llm_quantize.calibration.windows import load_windows
-from llm_quantize.config import CalibrationConfig
-from llm_quantize.model import block_forward
+from llm_quantize.calibration.windows import CalibrationConfig, load_windows
+from llm_quantize.device import Device
 from llm_quantize.model.awq_mappings import find_mappings
-from llm_quantize.model.source import Source
+from llm_quantize.model.block_forward import MicroBatch, capture_inputs, distinct_inputs, linear_at
+from llm_quantize.model.model_forward import embed
+from llm_quantize.model.source import SourceModel
 from llm_quantize.model.suspended_forward import SuspendedForwards, resume_together
+from llm_quantize.solver import problem
+from llm_quantize.solver.awq import AWQSolver
+from llm_quantize.solver.base import Solver
+from llm_quantize.solver.gptq import GPTQSolver
 from llm_quantize.solver.hessian import HessianAccumulator
-from llm_quantize.solver.qparams import QParams, QuantScheme, ScaleSearch, minmax_qparams
+from llm_quantize.solver.qparams import QParams, ScaleSearch, minmax_qparams, round_to_nearest
+from llm_quantize.solver.quality import PRESETS, QualityPreset
+from llm_quantize.types import QuantScheme
+
+BUDGET = 8e9  # bytes of suspended passes
+SEARCHED = QualityPreset(ScaleSearch(24, 2), sweeps=0, refit=False)
+DEFAULT, BEST = PRESETS["default"], PRESETS["best"]
+REFERENCE = replace(DEFAULT, reference_share=1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One row: which method, which options; `minmax` switches the scale search off, `nearest` the compensation."""
+    """One row: which method, which settings.
+
+    minmax: no search of scales. nearest: no compensation. at_once: Hessians of the block as it is, not in order.
+    """
 
     name: str
     awq: bool
     symmetric: bool
-    effort: QualityPreset
+    preset: QualityPreset
     act_order: bool = True
     damping: float = 0.1
     minmax: bool = False
     nearest: bool = False
-    aim: float = block_solution.AIM
-    at_once: bool = False  # moments of the block as it is, not in order
+    target_share: float = block_solution.TARGET_SHARE
+    at_once: bool = False
 
-
-ROOM = 8e9  # bytes of halted passes
-SEARCHED = QualityPreset(ScaleSearch(24, 2), sweeps=0, refit=False)
-DEFAULT, BEST = block_solution.QUALITY_PRESETS["default"], block_solution.QUALITY_PRESETS["best"]
-FOLLOWED = replace(DEFAULT, follow=1.0)
+    def solver(self, bits: int, group_size: int) -> Solver:
+        """The solver of this row."""
+        scheme = QuantScheme(bits, group_size, self.symmetric)
+        if self.awq:
+            return AWQSolver(scheme, self.preset, self.damping)
+        return GPTQSolver(scheme, self.preset, self.damping, self.act_order)
 
 
 def variants() -> list[Variant]:
@@ -64,9 +82,9 @@ def variants() -> list[Variant]:
     for symmetric, word in ((True, "symmetric"), (False, "asymmetric")):
 
         def gptq(
-            name: str, effort: QualityPreset, symmetric: bool = symmetric, word: str = word, **more: Any
+            name: str, preset: QualityPreset, symmetric: bool = symmetric, word: str = word, **more: Any
         ) -> Variant:
-            return Variant(f"{name}, {word}", False, symmetric, effort, **more)
+            return Variant(f"{name}, {word}", False, symmetric, preset, **more)
 
         rows += [
             gptq("nearest, min-max", SEARCHED, minmax=True, nearest=True),
@@ -80,98 +98,98 @@ def variants() -> list[Variant]:
             gptq("GPTQ default, damping 0.01", DEFAULT, damping=0.01),
             gptq("GPTQ default, damping 0.03", DEFAULT, damping=0.03),
             gptq("GPTQ default, damping 0.3", DEFAULT, damping=0.3),
-            gptq("GPTQ with the search and sweeps of best", replace(BEST, follow=0.0, tune=0)),
-            gptq("GPTQ default, following at 0.5", FOLLOWED, aim=0.5),
-            gptq("GPTQ default, following", FOLLOWED),
-            gptq("GPTQ default, following at 1", FOLLOWED, aim=1.0),
-            gptq("GPTQ default, following, damping 0.03", FOLLOWED, damping=0.03),
-            gptq("GPTQ default, following, damping 0.01", FOLLOWED, damping=0.01),
-            gptq("GPTQ best, not tuned", replace(BEST, tune=0)),
+            gptq(
+                "GPTQ with the search and sweeps of best", replace(BEST, reference_share=0.0, tuning_steps=0)
+            ),
+            gptq("GPTQ default, reference at 0.5", REFERENCE, target_share=0.5),
+            gptq("GPTQ default, reference", REFERENCE),
+            gptq("GPTQ default, reference at 1", REFERENCE, target_share=1.0),
+            gptq("GPTQ default, reference, damping 0.03", REFERENCE, damping=0.03),
+            gptq("GPTQ default, reference, damping 0.01", REFERENCE, damping=0.01),
+            gptq("GPTQ best, not tuned", replace(BEST, tuning_steps=0)),
             gptq("GPTQ best, tuned", BEST),
         ]
-    efforts = {"default": DEFAULT, "default, following": FOLLOWED}
-    efforts |= {"best, not tuned": replace(BEST, tune=0), "best, tuned": BEST}
-    for name, effort in efforts.items():
-        rows.append(Variant(f"AWQ {name}, asymmetric", True, False, effort, damping=0.05))
+    presets = {"default": DEFAULT, "default, reference": REFERENCE}
+    presets |= {"best, not tuned": replace(BEST, tuning_steps=0), "best, tuned": BEST}
+    for name, preset in presets.items():
+        rows.append(Variant(f"AWQ {name}, asymmetric", True, False, preset, damping=0.05))
     rows.append(Variant("AWQ default, damping 0.1, asymmetric", True, False, DEFAULT))
     return rows
 
 
+@contextmanager
+def patched(variant: Variant) -> Iterator[None]:
+    """Switches off what the variant is to do without."""
+    before = problem.search_qparams, problem.compensate, block_solution.TARGET_SHARE
+
+    def plain(W: Tensor, M: Tensor, scheme: QuantScheme, search: ScaleSearch) -> QParams:
+        return minmax_qparams(W, scheme)
+
+    def nearest(W: Tensor, qparams: QParams, scheme: QuantScheme, factor: object) -> Tensor:
+        return round_to_nearest(W, qparams, scheme)
+
+    changes: Any = problem
+    if variant.minmax:
+        changes.search_qparams = plain
+    if variant.nearest:
+        changes.compensate = nearest
+    block_solution.TARGET_SHARE = variant.target_share
+    try:
+        yield
+    finally:
+        changes.search_qparams, changes.compensate, block_solution.TARGET_SHARE = before
+
+
 def run(
-    variant: Variant, bits: int, group_size: int, model: Path, windows: Tensor, device: torch.device
+    variant: Variant, bits: int, group_size: int, directory: Path, windows: Tensor, device: Device
 ) -> dict[str, Tensor]:
     """De-quantized block weights and changed norms by parameter name."""
-    source = Source.open(model)
-    states, calls = block_forward.embed(source, windows, device, device, torch.float32)
-    batch = block_forward.MicroBatch(device, states.length, 4096, tokens=16384)
-    options = SolveOptions(
-        bits,
-        group_size,
-        variant.symmetric,
-        variant.act_order,
-        False,
-        variant.damping,
-        variant.effort,
-        0,
-        (torch.float16,),
-        torch.float32,
-    )
+    model, place = SourceModel.open(directory), device.torch
+    states, all_kwargs = embed(model, windows, place, place, torch.float32)
+    batch = MicroBatch(device, states.length, 4096, tokens=16384)
+    solver = variant.solver(bits, group_size)
+    preset = solver.preset
+    reference_windows = preset.reference_windows(*windows.shape)
+    reference = states.copy(reference_windows) if reference_windows else None
     result: dict[str, Tensor] = {}
-    search, compensate, aim = block_solution.search_qparams, block_solution.compensate, block_solution.AIM
-    reference_windows = variant.effort.reference_windows(*windows.shape)
-    reference = block_forward.copied(states, reference_windows) if reference_windows else None
-
-    def plain(W: Tensor, M: Tensor, spec: QuantScheme, effort: ScaleSearch) -> QParams:
-        return minmax_qparams(W, spec)
-
-    block_solution.AIM = variant.aim
-    if variant.minmax:
-        block_solution.search_qparams = plain
-    if variant.nearest:
-        block_solution.compensate = lambda W, grid, spec, factor: block_solution.round_to_nearest(
-            W, grid, spec
-        )
-    try:
-        for index, name in enumerate(source.blocks):
-            block = source.modules[index]
-            source.load(block, name, device, torch.float32)
-            kwargs = calls.kwargs[index]
-            groups = block_forward.distinct_inputs(block, states, kwargs)
-            widths = [block.get_submodule(paths[0]).in_features for paths in groups]
-            mappings = find_mappings(block, source.config) if variant.awq else []
-            sums = [HessianAccumulator(width, device) for width in widths]
-            if mappings or variant.at_once:
-                block_forward.capture(
-                    block, states, kwargs, groups, batch, lambda i, x, sums=sums: sums[i].add(x)
-                )
+    with patched(variant):
+        for index, name in enumerate(model.blocks):
+            block, kwargs = model.load_block(index, place, torch.float32), all_kwargs[index]
+            groups = distinct_inputs(block, states, kwargs)
             stops = [paths[0] for paths in groups]
-            onward: SuspendedForwards | ReferenceBlock = SuspendedForwards(
-                block, states, kwargs, stops, batch, ROOM
+            mappings = find_mappings(block, model.config) if variant.awq else []
+            sums = [HessianAccumulator(linear_at(block, path).in_features, place) for path in stops]
+            if mappings or variant.at_once:
+                capture_inputs(block, states, kwargs, groups, batch, lambda i, x, sums=sums: sums[i].add(x))
+            forwards: SuspendedForwards | ReferenceBlock = SuspendedForwards(
+                block, states, kwargs, stops, batch, BUDGET
             )
             if reference is not None:
-                onward = ReferenceBlock(block, reference, states, kwargs, groups, batch, ROOM)
+                forwards = ReferenceBlock(block, reference, states, kwargs, groups, batch, BUDGET)
 
             def hessians(
-                group: int, onward: Any = onward, sums: Any = sums, mappings: Any = mappings
+                group: int, forwards: Any = forwards, sums: Any = sums, mappings: Any = mappings
             ) -> Tensor:
                 if not mappings and not variant.at_once:
-                    for (reached,) in resume_together((onward,), group):
+                    for (reached,) in resume_together((forwards,), group):
                         sums[group].add(reached[0])
-                return sums[group].finish()
+                H: Tensor = sums[group].finish()
+                return H
 
-            reference_block = onward if isinstance(onward, ReferenceBlock) else None
-            with onward:
-                args = (block, name, groups, hessians, mappings, options, BlockChanges(), reference_block)
-                solved = list(solve_block(*args))
-                if options.effort.tune and reference_block is not None:
-                    reference_block.drop()
-                    goal = reference_block.goal(name, tuning.windows_used(options.effort.tune, states.length))
-                    tuning.tune_block(block, solved, options, states, goal, kwargs)
-                onward.advance(name)
+            beside = forwards if isinstance(forwards, ReferenceBlock) else None
+            with forwards:
+                scaling = BlockScaling(block, groups, mappings, solver, torch.float32)
+                task = BlockProblem(block, name, groups, hessians, solver, scaling)
+                solved = list(solve_block(task, beside))
+                if preset.tuning_steps and beside is not None:
+                    beside.drop()
+                    target = beside.target(name, tuning.windows_used(preset.tuning_steps, states.length))
+                    tuning.tune_block(
+                        block, solved, solver.scheme, preset.tuning_steps, states, target, kwargs
+                    )
+                forwards.finish(name)
             result |= {f"{name}.{k}": v.detach().clone() for k, v in block.named_parameters()}
-            source.release(block)
-    finally:
-        block_solution.search_qparams, block_solution.compensate, block_solution.AIM = search, compensate, aim
+            model.release(block)
     return result
 
 
@@ -207,7 +225,8 @@ def main() -> int:
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    picked = Device.pick("auto")
+    device = picked.torch
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)  # noqa: E731
     windows = load_windows(
@@ -229,7 +248,7 @@ def main() -> int:
         row: dict[str, object] = {"variant": variant.name}
         for bits in args.bits:
             start = clock()
-            weights = run(variant, bits, args.group_size, args.model, windows, device)
+            weights = run(variant, bits, args.group_size, args.model, windows, picked)
             seconds = clock() - start
             other = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
             other.load_state_dict(weights, strict=False)

@@ -144,7 +144,7 @@ def _all(seconds: list[float]) -> str:
 
 def text(path: Path, tokens: int) -> None:
     """Enough of the embedded text, from one end to the other and again, for so many tokens."""
-    from llm_quantize.config import EMBEDDED_CALIBRATION
+    from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION
 
     words = Path(EMBEDDED_CALIBRATION).read_text(encoding="utf-8").split()
     step, at = 400, 0
