@@ -102,7 +102,17 @@ find_python() {
 own_environment_directory() {
     local name
     if [ "$1" = cuda ]; then name=vllm-cuda-0.30-0.33; else name=vllm-cpu-$CPU_VERSION-py3.11; fi
-    local cache=${LLM_QUANTIZE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/llm-quantize}
+    local cache=${LLM_QUANTIZE_CACHE:-} home=${HOME:-}
+    if [ -z "$cache" ] && [ -n "${XDG_CACHE_HOME:-}" ]; then
+        cache=$XDG_CACHE_HOME/llm-quantize
+    elif [ -z "$cache" ]; then
+        # Without HOME the directory is the one in the user database. Bash takes / for a user who is not in it.
+        [ -n "$home" ] || home=$("$python" -I -c 'import os; os.environ.pop("HOME", None); print(os.path.expanduser("~"))')
+        case $home in
+            /*) cache=${home%/}/.cache/llm-quantize ;;
+            *) fail 2 "there is no home directory for vLLM's environment: set HOME, or LLM_QUANTIZE_CACHE to a directory" ;;
+        esac
+    fi
     case $cache in /*) ;; *) cache=$PWD/$cache ;; esac
     echo "$cache/$name"
 }
@@ -240,7 +250,10 @@ main() {
         exit 0
     fi
     if [ -n "$own" ] && [ ! -e "$own/.ready" ]; then
-        mkdir -p -- "$(dirname -- "$own")"
+        local parent
+        parent=$(dirname -- "$own")
+        mkdir -p -- "$parent" 2>/dev/null ||
+            fail 2 "cannot make $parent: set LLM_QUANTIZE_CACHE to a directory that you may write to"
         set +e # as part of a condition, install_vllm would go on after an error
         (set -e; install_vllm "$device" "$own") 9>"$own.lock"
         set -e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -539,6 +541,76 @@ def test_two_starts_at_once_install_once(installer: Installer, awq: Path) -> Non
         ended = [start.result() for start in starts]
         assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
     assert [call[1] for call in installer.calls()] == ["venv", "pip"]
+
+
+def own_environment(sandbox: Sandbox, **environment: str) -> str:
+    """Return the `vllm` of its own environment that the script would start for the user's own `environment`."""
+    (sandbox.bin / "vllm").unlink(missing_ok=True)
+    sandbox.environment = {k: v for k, v in sandbox.environment.items() if k != "HOME"}
+    words = shlex.split(sandbox.run("gpt2", "--dry-run", **environment).out)
+    return words[words.index("serve") - 1]
+
+
+def test_cache_directory(sandbox: Sandbox) -> None:
+    end = "vllm-cuda-0.30-0.33/bin/vllm"
+    user = pwd.getpwuid(os.getuid()).pw_dir
+    assert own_environment(sandbox) == f"{user}/.cache/llm-quantize/{end}"
+    assert own_environment(sandbox, HOME="") == f"{user}/.cache/llm-quantize/{end}"
+    assert own_environment(sandbox, HOME="/h") == f"/h/.cache/llm-quantize/{end}"
+    assert own_environment(sandbox, HOME="/") == f"/.cache/llm-quantize/{end}"
+    assert own_environment(sandbox, XDG_CACHE_HOME="/x") == f"/x/llm-quantize/{end}"
+    assert own_environment(sandbox, XDG_CACHE_HOME="/x", LLM_QUANTIZE_CACHE="/c") == f"/c/{end}"
+
+
+NO_HOME = "there is no home directory for vLLM's environment: set HOME, or LLM_QUANTIZE_CACHE to a directory"
+
+
+def test_user_without_a_home_directory(sandbox: Sandbox) -> None:
+    (sandbox.bin / "vllm").unlink()
+    del sandbox.environment["HOME"]
+    python = Path(sys.executable).resolve()
+    # What Python says of a user who is not in the user database.
+    sandbox.fake(
+        "python3", f'#!/bin/bash\n[[ $* == *expanduser* ]] && echo "~" && exit\nexec {python} "$@"\n'
+    )
+    assert NO_HOME in sandbox.refused("gpt2", "--dry-run")
+    assert NO_HOME in sandbox.refused("gpt2", "--dry-run", HOME="relative")
+    assert sandbox.run("gpt2", "--dry-run", LLM_QUANTIZE_CACHE="/c").code == 0
+    sandbox.fake("vllm", FAKE_VLLM)
+    assert sandbox.run("gpt2").code == 0  # no home directory is needed for a vllm of the user's own
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may run as another user")
+def test_user_without_an_entry_in_the_user_database() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # one that another user may read, unlike pytest's
+        root = Path(folder)
+        root.chmod(0o755)
+        shutil.copy(SCRIPT, root)
+        package = Path("inference", "quantize", "llm_quantize")
+        shutil.copytree(ROOT / package / "serving", root / package / "serving")
+        shutil.copy(ROOT / package / "__init__.py", root / package)
+        shutil.copy(ROOT / package.parent / "serve_check.py", root / package.parent)
+        done = subprocess.run(
+            [str(root / SCRIPT.name), "gpt2", "--dry-run"],
+            cwd=root,
+            env={"PATH": "/usr/bin:/bin", "LLM_QUANTIZE_DEVICE": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            user=54321,
+        )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"run_vllm.sh: {NO_HOME}"
+
+
+def test_cache_that_cannot_be_made(installer: Installer, awq: Path) -> None:
+    file = installer.sandbox.cwd / "file"
+    file.touch()
+    outcome = installer.run(awq, LLM_QUANTIZE_CACHE=str(file / "cache"))
+    assert (outcome.code, outcome.record) == (2, None)
+    assert outcome.err == (
+        f"run_vllm.sh: cannot make {file}/cache: set LLM_QUANTIZE_CACHE to a directory that you may write to\n"
+    )
 
 
 def test_missing_uv_is_reported(installer: Installer, awq: Path) -> None:
