@@ -9,22 +9,21 @@ import shlex
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fake_checkpoints import MODEL, FakeCheckpoint, write_safetensors, write_unquantized
 from llm_quantize.serving.plan import plan_serving
-from reference import quantization_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "run_vllm.sh"
@@ -42,118 +41,6 @@ if os.environ.get("STAY"):
     time.sleep(30)
 sys.exit(int(os.environ.get("LEAVE", "0")))
 """
-
-# ------------------------------------------------------------------------------------------------- checkpoints
-
-Shapes = dict[str, tuple[int, int]]
-
-SHAPES: Shapes = {  # (out, in)
-    "self_attn.q_proj": (256, 256),
-    "self_attn.k_proj": (128, 256),
-    "self_attn.v_proj": (128, 256),
-    "self_attn.o_proj": (256, 256),
-    "mlp.gate_proj": (512, 256),
-    "mlp.up_proj": (512, 256),
-    "mlp.down_proj": (256, 512),
-}
-MODEL = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
-
-
-@dataclass
-class FakeCheckpoint:
-    """A checkpoint with a correct config and correct headers, whose weights are zeros."""
-
-    method: str = "awq"
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = True
-    act_order: bool = False
-    shapes: Shapes = field(default_factory=lambda: dict(SHAPES))
-    unquantized: tuple[str, ...] = ()  # linears whose weights stay in float16
-    overrides: dict[str, Any] = field(default_factory=dict)  # of the quantization settings
-    g_idx: Callable[[int, int], list[int]] | None = None  # from inputs and group size; None: trivial
-
-    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-        """Return the tensors of its one block by name: dtype, shape and bytes."""
-        tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
-
-        def zeros(name: str, dtype: str, *shape: int) -> None:
-            size = {"F16": 2, "I32": 4, "I64": 8}[dtype]
-            for n in shape:
-                size *= n
-            tensors[name] = (dtype, shape, bytes(size))
-
-        for layer, (out, width) in self.shapes.items():
-            name = f"model.layers.0.{layer}"
-            group_size = width if self.group_size == -1 else self.group_size
-            groups = -(-width // group_size)
-            if layer in self.unquantized:
-                zeros(f"{name}.weight", "F16", out, width)
-            elif self.method == "awq":
-                zeros(f"{name}.qweight", "I32", width, out * self.bits // 32)
-                zeros(f"{name}.qzeros", "I32", groups, out * self.bits // 32)
-                zeros(f"{name}.scales", "F16", groups, out)
-            elif self.method == "gptq":
-                zeros(f"{name}.qweight", "I32", width * self.bits // 32, out)
-                zeros(f"{name}.qzeros", "I32", groups, out * self.bits // 32)
-                zeros(f"{name}.scales", "F16", groups, out)
-                indices = [i // group_size for i in range(width)]
-                if self.g_idx is not None:
-                    indices = self.g_idx(width, group_size)
-                tensors[f"{name}.g_idx"] = ("I32", (width,), struct.pack(f"<{width}i", *indices))
-            else:
-                zeros(f"{name}.weight_packed", "I32", out, -(-width * self.bits // 32))
-                zeros(f"{name}.weight_scale", "F16", out, groups)
-                tensors[f"{name}.weight_shape"] = ("I64", (2,), struct.pack("<2q", out, width))
-        return tensors
-
-    def settings(self) -> dict[str, Any]:
-        settings = quantization_config(
-            self.method, self.bits, self.group_size, self.symmetric, self.act_order
-        )
-        return settings | self.overrides
-
-    def write(self, directory: Path, *, nested: bool = False, in_config: bool = True) -> Path:
-        """Write it into the new `directory`, which is returned.
-
-        The quantization settings are in `config.json`; `nested`: in its `text_config`; not `in_config`: in a side
-        file alone.
-        """
-        directory.mkdir(parents=True)
-        config: dict[str, Any] = dict(MODEL)
-        if nested:
-            config = {
-                "model_type": "gemma3",
-                "text_config": config | {"quantization_config": self.settings()},
-            }
-        elif in_config:
-            config["quantization_config"] = self.settings()
-        else:
-            name = {"awq": "quant_config.json", "gptq": "quantize_config.json"}[self.method]
-            (directory / name).write_text(json.dumps(self.settings()))
-        (directory / "config.json").write_text(json.dumps(config))
-        write_safetensors(directory / "model.safetensors", self.tensors())
-        return directory
-
-
-def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + len(data)]}
-        end += len(data)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(d for _, _, d in tensors.values()))
-
-
-def write_unquantized(directory: Path) -> Path:
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(MODEL))
-    write_safetensors(
-        directory / "model.safetensors", {"model.layers.0.mlp.up_proj.weight": ("F16", (32, 32), bytes(2048))}
-    )
-    return directory
-
 
 # --------------------------------------------------------------------------------------------------- the script
 
@@ -271,7 +158,8 @@ def test_arguments_are_passed_on_unchanged(sandbox: Sandbox, awq: Path) -> None:
     ]
     outcome = sandbox.run(awq, *odd)
     assert outcome.code == 0
-    assert outcome.argv == ["serve", str(awq), *odd, "--host", "127.0.0.1"]
+    options, end = odd[: odd.index("--")], odd[odd.index("--") :]
+    assert outcome.argv == ["serve", str(awq), *options, "--host", "127.0.0.1", *end]
     assert (outcome.out, outcome.err) == ("", "")
 
 
@@ -337,7 +225,14 @@ def test_config_file_counts_as_arguments(sandbox: Sandbox, awq: Path) -> None:
     config.write_text("# how we serve\nhost: '10.0.0.1'  # inside\nport: 9000\ntensor_parallel_size: 3\n")
     assert "4 attention heads do not divide into 3" in sandbox.refused(awq, "--config", "serve.yaml")
     given = ["--config", "serve.yaml", "--tensor-parallel-size", "2"]
-    assert sandbox.run(awq, *given).argv == ["serve", str(awq), *given]
+    assert sandbox.run(awq, *given).argv == ["serve", str(awq), *given, "--host", "127.0.0.1"]
+
+
+def test_config_file_that_vllm_ignores_is_said(sandbox: Sandbox, awq: Path) -> None:
+    (sandbox.cwd / "c.yaml").write_text("host: 127.0.0.1\ntensor_parallel_size: 3\n")
+    outcome = sandbox.run(awq, "--config=c.yaml")
+    assert outcome.argv == ["serve", str(awq), "--config=c.yaml", "--host", "127.0.0.1"]
+    assert "vLLM ignores --config=c.yaml: write --config FILE" in outcome.err
 
 
 # ------------------------------------------------------------------------------------------------- environment
@@ -801,7 +696,7 @@ REFUSED: dict[str, tuple[FakeCheckpoint, str]] = {
     ),
     "gptq settings of another type": (
         FakeCheckpoint(method="gptq", overrides={"bits": "four"}),
-        "make no sense",
+        "have 'bits' 'four', which is no whole number",
     ),
     "gptq other group size": (
         FakeCheckpoint(method="gptq", group_size=64, overrides={"group_size": 128}),
@@ -849,7 +744,10 @@ ACCEPTED: dict[str, FakeCheckpoint] = {
     "packed 2 bits": FakeCheckpoint(method="compressed-tensors", bits=2, group_size=32),
     "packed 3 bits": FakeCheckpoint(method="compressed-tensors", bits=3),
     "packed 8 bits asymmetric": FakeCheckpoint(method="compressed-tensors", bits=8, symmetric=False),
-    "a down_proj left unquantized": FakeCheckpoint(unquantized=("mlp.down_proj",)),
+    "a down_proj left unquantized": FakeCheckpoint(
+        unquantized=("mlp.down_proj",),
+        overrides={"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.down_proj"]},
+    ),
     "odd widths, which vLLM pads": FakeCheckpoint(
         method="gptq", group_size=32, shapes={"mlp.down_proj": (40, 96), "mlp.up_proj": (96, 160)}
     ),
@@ -1060,8 +958,8 @@ def test_check_of_a_large_model_is_fast(tmp_path: Path) -> None:
     for block in range(80):
         for layer, width in widths.items():
             name = f"model.layers.{block}.{layer}"
-            tensors[f"{name}.qweight"] = ("I32", (width // 8, 0), b"")
-            tensors[f"{name}.scales"] = ("F16", (width // 128, 1), bytes(width // 64))
+            tensors[f"{name}.qweight"] = ("I32", (width // 8, 8), bytes(4 * width))
+            tensors[f"{name}.scales"] = ("F16", (width // 128, 8), bytes(width // 8))
             data = array("i", [i // 128 for i in range(width)]).tobytes()
             tensors[f"{name}.g_idx"] = ("I32", (width,), data)
     model = FakeCheckpoint(method="gptq").write(tmp_path / "m")

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llm_quantize.serving.plan import plan_serving
+from llm_quantize.serving.plan import ServingPlan, plan_serving
 from llm_quantize.serving.refusal import Refusal, one_line
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> int:
     """
     device, model, *words = argv
     try:
-        plan = plan_serving(device, model, words)
+        plan = readable_plan(device, model, words)
     except Refusal as refusal:
         print(f"run_vllm.sh: {one_line(refusal)}", file=sys.stderr)
         return 2
@@ -27,3 +27,13 @@ def main(argv: Sequence[str]) -> int:
     fields = [plan.model, "local" if plan.is_local else "hub", *plan.arguments]
     sys.stdout.buffer.write(b"".join(os.fsencode(item) + b"\0" for item in fields))
     return 0
+
+
+def readable_plan(device: str, model: str, words: Sequence[str]) -> ServingPlan:
+    """Return the plan for a model; raises `Refusal` also where the system does not let its files be read."""
+    try:
+        return plan_serving(device, model, words)
+    except OSError as error:
+        raise Refusal(
+            f"{model[:200]} cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from error

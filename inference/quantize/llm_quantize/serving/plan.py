@@ -10,36 +10,47 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llm_quantize.serving.quantized_checkpoint import Checkpoint, quantized_linears, read_checkpoint
-from llm_quantize.serving.refusal import Refusal
+from llm_quantize.serving import vllm_arguments as options
+from llm_quantize.serving.architectures import check_architecture
+from llm_quantize.serving.checkpoint_files import has_consolidated_weights
+from llm_quantize.serving.float_modules import FloatModules, UnreadableRegex, class_of
+from llm_quantize.serving.model_rules import check_model
+from llm_quantize.serving.module_rules import check_float_modules
+from llm_quantize.serving.quantized_checkpoint import (
+    WEIGHT_SUFFIXES,
+    Checkpoint,
+    QuantizationSettings,
+    quantized_linears,
+    read_checkpoint,
+)
+from llm_quantize.serving.refusal import Refusal, one_line
 from llm_quantize.serving.settings_rules import (
     METHOD_ALIASES,
     METHODS,
+    LinearSettings,
     check_settings,
     has_one_group_per_row,
 )
 from llm_quantize.serving.shape_rules import (
+    Split,
     check_cpu_widths,
     check_fused_linears,
     check_group_counts,
     check_group_indices,
     split_over_ranks,
 )
-from llm_quantize.serving.vllm_arguments import VllmArguments, parse_arguments
+from llm_quantize.serving.time_limit import TooSlow, limited_seconds
+from llm_quantize.serving.vllm_arguments import VllmArguments, ignored_config_files, parse_arguments
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-QUANTIZATION_OPTION = ("--quantization", "-q")
-# Options with which a user chooses how vLLM compiles the model.
-COMPILATION_OPTIONS = (
-    "--enforce-eager",
-    "--no-enforce-eager",
-    "-O",
-    "--optimization-level",
-    "--compilation-config",
-    "-cc",
-)
+MAX_REGEX_SECONDS = 20
+LOOPBACK = "127.0.0.1"
+HALF_PRECISION = ("auto", "half", "float16", "bfloat16")
+# Values with which vLLM reads the files that are examined here.
+OWN_CONFIG = ("auto", "hf")
+OWN_WEIGHTS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
+RANKS = re.compile(r"\s*\+?0*([1-9]\d{0,5})\s*")
 
 
 @dataclass(frozen=True)
@@ -59,31 +70,50 @@ def plan_serving(device: str, model: str, words: Sequence[str]) -> ServingPlan:
     Raises `Refusal` where vLLM would refuse the model or answer wrongly.
     """
     arguments = parse_arguments(words)
-    notes: list[str] = []
-    # vLLM's parser also takes the beginning of an option's name for the option.
-    if any(arguments.option_name(word).startswith("--api-k") for word in arguments.words):
+    notes = [f"vLLM ignores {word}: write --config FILE" for word in ignored_config_files(arguments)]
+    if arguments.config_file is None:
+        notes.append("the file of --config is not understood here: its settings are left to vLLM to judge")
+    if arguments.given(options.API_KEY):
         raise Refusal(
             "a key on the command line shows in every process list: drop --api-key and set the environment "
             "variable VLLM_API_KEY"
         )
+    if arguments.given(options.MODEL):
+        raise Refusal("--model would serve another model than the one that is checked: give the model first")
     path = Path(model)
     is_local = path.is_dir()
     if is_local:
         if not (path / "config.json").is_file():
             raise Refusal(f"{model} has no config.json: give the directory of a model")
-        check_checkpoint(read_checkpoint(path), arguments, device, notes)
+        elsewhere = reads_elsewhere(arguments)
+        if elsewhere is None:
+            check_checkpoint(read_checkpoint(path), arguments, device, notes)
+        else:
+            notes.append(
+                f"{elsewhere} makes vLLM read other files than config.json and the weights beside it: passing the "
+                "model on unexamined"
+            )
     elif path.exists():
         raise Refusal(f"{model} is not a directory: give the directory that holds config.json")
     elif "://" in model or (HUB_ID.fullmatch(model) and ".." not in model and "--" not in model):
         notes.append(f"there is no directory {model} here: passing it on as a model to download, unexamined")
     else:
         raise Refusal(f"there is no directory {model}, and it is no hub id: check the path")
-    if not arguments.has("--host", "--uds"):
-        arguments.words += ["--host", "127.0.0.1"]
-    if device == "cpu" and not arguments.has_prefix(*COMPILATION_OPTIONS):
-        arguments.words.append("--enforce-eager")
+    if not any(arguments.last_word(name) for name in (options.HOST, options.UDS)):
+        arguments.append(options.HOST, LOOPBACK)
+    if device == "cpu" and not arguments.has(*options.COMPILATION):
+        arguments.append("--enforce-eager")
     # vLLM would take a name with a dash in front for an option.
     return ServingPlan(f"./{model}" if model.startswith("-") else model, arguments.words, is_local, notes)
+
+
+def reads_elsewhere(arguments: VllmArguments) -> str | None:
+    """Return the option with which vLLM reads other files than those examined here, None without any."""
+    for name, own in ((options.CONFIG_FORMAT, OWN_CONFIG), (options.LOAD_FORMAT, OWN_WEIGHTS)):
+        value = arguments.last_value(name)
+        if value is not None and value.lower() not in own:
+            return name
+    return options.HF_CONFIG_PATH if arguments.has(options.HF_CONFIG_PATH) else None
 
 
 def check_checkpoint(checkpoint: Checkpoint, arguments: VllmArguments, device: str, notes: list[str]) -> None:
@@ -92,8 +122,11 @@ def check_checkpoint(checkpoint: Checkpoint, arguments: VllmArguments, device: s
     Sets `--quantization` in `arguments` to the checkpoint's method and appends to `notes` what the user should know.
     Raises `Refusal`.
     """
+    # Overrides change config.json as vLLM reads it, and another implementation may know another architecture.
+    if not arguments.has(options.MODEL_IMPLEMENTATION, options.HF_OVERRIDES):
+        check_architecture(checkpoint.config)
     if checkpoint.quantization is None:
-        requested = arguments.last_value(*QUANTIZATION_OPTION)
+        requested = arguments.last_value(options.QUANTIZATION)
         if requested in METHODS:
             raise Refusal(
                 f"{checkpoint.directory} is not quantized, so --quantization {requested} cannot serve it: quantize "
@@ -108,18 +141,19 @@ def check_checkpoint(checkpoint: Checkpoint, arguments: VllmArguments, device: s
             f"the quantization settings in {file_name} name no quant_method, which vLLM needs: add it"
         )
     if method not in METHODS:
-        notes.append(f"the checkpoint is quantized as {method}, which is left to vLLM to judge")
+        notes.append(f"the checkpoint is quantized as {one_line(method)}, which is left to vLLM to judge")
         return
     set_method(method, file_name, arguments, device, notes)
-    if (arguments.last_value("--dtype") or "").lower() in ("float32", "float"):
+    dtype = arguments.last_value(options.DTYPE)
+    if dtype is not None and dtype.lower() not in HALF_PRECISION:
         raise Refusal(
-            "vLLM runs quantized weights in float16 or bfloat16, never float32: change or drop --dtype"
+            f"--dtype {dtype}: vLLM runs quantized weights in float16 or bfloat16, never float32: change or drop it"
         )
     try:
-        bits = check_settings(settings, method, device, notes)
-        if bits is not None and checkpoint.tensors:
-            check_linears(checkpoint, settings, method, bits, arguments, device)
-        elif bits is not None:
+        check_settings(settings, method, device, notes)
+        if checkpoint.tensors:
+            check_tensors(checkpoint, checkpoint.quantization, method, arguments, device, notes)
+        else:
             notes.append("the weights are not in safetensors files: their shapes are left to vLLM to judge")
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Refusal(f"the quantization settings in {file_name} make no sense ({error})") from error
@@ -132,10 +166,11 @@ def set_method(method: str, file_name: str, arguments: VllmArguments, device: st
     user requests a method other than those of `METHODS`. Source: `ModelConfig._verify_quantization` in vLLM's
     `config/model.py`.
     """
-    requested = arguments.last_value(*QUANTIZATION_OPTION)
+    arguments.spell_out(options.QUANTIZATION)
+    requested = arguments.last_value(options.QUANTIZATION)
     if requested is None:
         if file_name != "config.json":
-            arguments.set_value(QUANTIZATION_OPTION, method)
+            arguments.set_value(options.QUANTIZATION, method)
             notes.append(
                 f"config.json names no quantization, {file_name} does: --quantization {method} added"
             )
@@ -144,41 +179,86 @@ def set_method(method: str, file_name: str, arguments: VllmArguments, device: st
         return
     if requested not in METHODS and requested not in METHOD_ALIASES[method]:
         raise Refusal(f"the checkpoint is quantized as {method}, not {requested}: leave --quantization out")
-    arguments.set_value(QUANTIZATION_OPTION, method)
+    arguments.set_value(options.QUANTIZATION, method)
     notes.append(
         f"the checkpoint's method is {method}: passing --quantization {method} in place of {requested}"
     )
 
 
-def check_linears(
+def check_tensors(
     checkpoint: Checkpoint,
-    settings: dict[str, Any],
+    quantization: QuantizationSettings,
     method: str,
-    bits: int,
     arguments: VllmArguments,
     device: str,
+    notes: list[str],
 ) -> None:
-    """Refuse a checkpoint whose linears have shapes or group indices that vLLM refuses, or would misread.
+    """Refuse a checkpoint whose tensors vLLM refuses, would misread, or would not find.
 
-    `settings` are its quantization settings; `method` and `bits` are what they name. Raises `Refusal`; for settings
-    of the wrong type what Python raises.
+    `method` is the one that the settings in `quantization` name. Appends to `notes` what is left to vLLM. Raises
+    `Refusal`; for settings of the wrong type what Python raises.
     """
-    linears = list(quantized_linears(method, bits, checkpoint.tensors))
+    settings = quantization.values
+    if arguments.last_value(options.LOAD_FORMAT) in (None, "auto"):
+        check_consolidated_weights(checkpoint)
+    try:
+        rules = FloatModules(settings)
+        if rules.finds_by_dtype:
+            rules = FloatModules(settings, checkpoint.dtypes())
+    except UnreadableRegex as error:
+        notes.append(f"{error}: which linears are quantized is left to vLLM to judge")
+        return
+    if rules.has_regexes:
+        check_regexes(rules, checkpoint)
+    stored = LinearSettings(settings, method, rules)
+    linears = list(quantized_linears(method, stored.bits, checkpoint.tensors))
     if method == "gptq":
         check_group_indices(settings, linears)
-    # A dynamic rule may give some linears another group size; compressed-tensors names one in each config group.
-    if method != "compressed-tensors" and not settings.get("dynamic"):
-        check_group_counts(int(settings.get("q_group_size") or settings["group_size"]), linears)
+    check_group_counts(stored.group_size, linears)
     check_fused_linears(linears, checkpoint.tensors)
+    check_float_modules(checkpoint, rules, notes)
+    if not arguments.has(options.HF_OVERRIDES):
+        check_model(checkpoint.config, linears, checkpoint.tensors)
     ranks = tensor_parallel_size(arguments)
     if ranks > 1:
-        replicate_scales = method != "awq" and has_one_group_per_row(settings)
-        linears = split_over_ranks(linears, ranks, checkpoint.config, replicate_scales)
+        linears = split_over_ranks(
+            Split(
+                linears,
+                checkpoint.config,
+                replicate_scales=method != "awq" and has_one_group_per_row(settings, method),
+                whole_experts=arguments.has(options.EXPERT_PARALLEL),
+            ),
+            ranks,
+        )
     if device == "cpu":
         check_cpu_widths(linears)
 
 
+def check_regexes(rules: FloatModules, checkpoint: Checkpoint) -> None:
+    """Refuse settings whose regexes take minutes and more to match the names of the checkpoint."""
+    try:
+        with limited_seconds(MAX_REGEX_SECONDS):
+            for name in {tensor.rpartition(".")[0] for tensor in checkpoint.tensors}:
+                rules.is_float(name, class_of(name))
+    except TooSlow as error:
+        raise Refusal(
+            f"the regexes in the quantization settings take longer than {MAX_REGEX_SECONDS} s to match: correct them"
+        ) from error
+
+
+def check_consolidated_weights(checkpoint: Checkpoint) -> None:
+    """Refuse quantized weights beside a `consolidated*.safetensors`, which vLLM would load in their place."""
+    suffixes = tuple(set(WEIGHT_SUFFIXES.values()))
+    files = {tensor.file.name for name, tensor in checkpoint.tensors.items() if name.endswith(suffixes)}
+    is_elsewhere = any(not name.startswith("consolidated") for name in files)
+    if is_elsewhere and has_consolidated_weights(checkpoint.directory):
+        raise Refusal(
+            f"{checkpoint.directory} holds a consolidated*.safetensors, which vLLM would load in place of the "
+            "quantized weights: move it away, or add --load-format safetensors"
+        )
+
+
 def tensor_parallel_size(arguments: VllmArguments) -> int:
-    """Return the number of tensor-parallel ranks; 1 where `arguments` name none, or no number."""
-    value = arguments.last_value("--tensor-parallel-size", "-tp")
-    return int(value) if value is not None and value.isdigit() else 1
+    """Return the number of tensor-parallel ranks; 1 where `arguments` name none, or what vLLM takes for none."""
+    match = RANKS.fullmatch(arguments.last_value(options.TENSOR_PARALLEL_SIZE) or "")
+    return int(match[1]) if match else 1
