@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fake_checkpoints import whole_model
 from llm_quantize.calibration import text_sources
 from llm_quantize.calibration.hub_datasets import HubData
 from llm_quantize.calibration.windows import CalibrationConfig, load_windows
@@ -35,6 +36,7 @@ from llm_quantize.model.config_file import examine_config, published_config, wit
 from llm_quantize.model.source import SourceModel
 from llm_quantize.model.weight_files import tensor_files
 from llm_quantize.serving import checkpoint_files
+from llm_quantize.serving import cli as serving_cli
 from llm_quantize.serving.plan import plan_serving
 from llm_quantize.serving.refusal import Refusal
 from models import FAMILIES, write
@@ -371,6 +373,60 @@ def test_tensors_of_other_shapes_and_types(name: str, home: Path, work: Path) ->
 
     devices = st.sampled_from(["cuda", "cpu"])
     run(f"{name} tensors", st.tuples(st.lists(change, min_size=1, max_size=3), devices), body, 120)
+
+
+PLAIN_WORDS = """
+    -q -qgptq --quant --quantization=awq awq --dtype fp32 half -tp 2 4 --config --config=x --host --host= 0.0.0.0
+    --load-format dummy --hf-overrides {} -- - --enable-expert-parallel --model-impl --api-key --model
+"""
+WORDS = [*PLAIN_WORDS.split(), "", "é", "\x1b[2J", "a\nb"]
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors"])
+def test_serve_check(name: str, work: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """The whole command on models of all their tensors: a plan, or one line and exit code 2."""
+    directory = work / f"serve-{name}"
+    model = whole_model(
+        name, blocks=1, shapes={"mlp.up_proj": (16, 32), "mlp.down_proj": (32, 16)}, group_size=16
+    )
+    model.config |= {"model_type": "olmo", "architectures": ["OlmoForCausalLM"]}
+    model.write(directory)
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    more = {
+        "dynamic": {"+:.*up": {"bits": 4}, "-:.*mtp": {}},
+        "modules_in_block_to_quantize": None,
+        "lm_head": False,
+    }
+    config = model.config | {"text_config": None, "quantization_config": model.settings | more}
+    seen = set()
+
+    def body(value: tuple[Any, bytes | None, str, list[str]]) -> None:
+        changed_config, changed_header, device, words = value
+        (directory / "config.json").write_bytes(dumped(changed_config))
+        path.write_bytes(
+            data if changed_header is None else struct.pack("<Q", len(changed_header)) + changed_header + rest
+        )
+        code = serving_cli.main([device, str(directory), *words])
+        out, err = capfdbinary.readouterr()
+        seen.add(code)
+        lines = err.decode().split("\n")
+        assert lines.pop() == ""
+        assert all(line.startswith("run_vllm.sh: ") and line.isprintable() for line in lines)
+        if code == 0:
+            assert out.split(b"\0")[:2] == [os.fsencode(directory), b"local"]
+            assert all(line.startswith("run_vllm.sh: note: ") for line in lines)
+        else:
+            assert (code, out, len(lines)) == (2, b"", 1)
+
+    headers = st.none() | changed(header, 2).map(dumped) | damaged(json.dumps(header).encode())
+    words = st.lists(st.sampled_from(WORDS), max_size=3)
+    devices = st.sampled_from(["cuda", "cpu", "other"])
+    configs = changed(config, 3) | st.just(config)
+    run(f"serve_check, {name}", st.tuples(configs, headers, devices, words), body, 200)
+    assert seen == {0, 2}
 
 
 RECORDS = [
