@@ -114,6 +114,14 @@ def test_layers_that_vllm_builds_as_float_need_no_rule(tmp_path: Path) -> None:
     assert plan_serving("cuda", str(model.write(tmp_path)), []).notes == []
 
 
+def test_quantized_layers_that_vllm_does_not_load_may_be_called_float(tmp_path: Path) -> None:
+    model = whole_model("gptq")
+    one = FakeCheckpoint(method="gptq", shapes={"mlp.down_proj": (256, 512)}).tensors()
+    model.tensors.update({name.replace("model.layers.0.", "mtp.layers.0."): t for name, t in one.items()})
+    model.settings["dynamic"] = {"-:.*mtp.*": {}}
+    assert plan_serving("cuda", str(model.write(tmp_path)), []).notes == []
+
+
 def test_float_linear_elsewhere_is_a_note(tmp_path: Path) -> None:
     model = whole_model("awq")
     model.tensors["audio.layers.0.fc1.weight"] = zeros("F16", 64, 64)

@@ -80,6 +80,7 @@ def test_own_words_decide(words: list[str]) -> None:
         ["--uds="],
         ["--host", "10.0.0.1", "--host="],
         ["--config", "--host"],
+        ["--config", "--host=c.yaml"],  # vLLM takes the next word for the file, whatever it is
         ["--hostname", "10.0.0.1"],
         ["--served-model-name", "host"],
     ],
