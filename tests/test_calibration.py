@@ -367,16 +367,16 @@ def test_refusals_are_one_line(case: str, tmp_path: Path, tokenizer: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("use", "noun", "too_little", "flags"),
+    ("use", "noun", "too_little", "flags", "flag"),
     [
-        (CALIBRATION, "calibration", "too little text to calibrate on", "--calib_"),
-        (HELD_OUT, "held-out text", "too little held-out text", "--calib_"),
-        (EVALUATION, "held-out text", "too little held-out text", "--"),
+        (CALIBRATION, "calibration", "too little text to calibrate on", "--calib_", "--calib_data"),
+        (HELD_OUT, "held-out text", "too little held-out text", "--calib_", "--eval_data"),
+        (EVALUATION, "held-out text", "too little held-out text", "--", "--data"),
     ],
     ids=["calibration", "held-out text", "evaluate.py"],
 )
 def test_messages_use_the_words_of_the_command(
-    use: TextUse, noun: str, too_little: str, flags: str, tmp_path: Path
+    use: TextUse, noun: str, too_little: str, flags: str, flag: str, tmp_path: Path
 ) -> None:
     def refused(data: Path, tokenizer: Any, **options: Any) -> str:
         config = CalibrationConfig(**{"data": str(data), "samples": 4, "seq_len": 8, **options})
@@ -410,7 +410,7 @@ def test_messages_use_the_words_of_the_command(
     )
     assert refused(talk, plain).endswith(f"no chat template: choose a text column with {flags}column")
     with (
-        pytest.raises(InputError, match=rf"\. Without the hub, {flags}data takes a local \.txt"),
+        pytest.raises(InputError, match=rf"\. Without the hub, {flag} takes a local \.txt"),
         text_sources.reading(HubData("org/text"), use),
     ):
         raise ConnectionError
@@ -443,6 +443,50 @@ def test_names_and_ids(data: str, expected: HubData, tmp_path: Path, monkeypatch
     (tmp_path / "wikitext").mkdir()  # a directory of that name is ignored
     check_source(CalibrationConfig(data=data))
     assert text_sources.locate(data) == expected
+
+
+def kinds_of_datasets() -> list[str]:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return sorted(_PACKAGED_DATASETS_MODULES)
+
+
+@pytest.mark.parametrize("use", [CALIBRATION, HELD_OUT, EVALUATION], ids=lambda use: use.data)
+def test_a_kind_of_file_is_no_dataset(
+    use: TextUse, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` would read the files of the current directory."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "secret.txt", words(0, 200))
+    write_lines(tmp_path / "secret.jsonl", [{"text": words(0, 200)}])
+    names = kinds_of_datasets()
+    assert {"text", "json", "csv", "parquet", "arrow", "imagefolder", "webdataset", "xml"} <= set(names)
+    for name in names:
+        for data in (name, f"{name}::train", f"{name}:default:train:text"):
+            with pytest.raises(InputError, match=rf"^'{name}' is a kind of file.*give the file itself"):
+                check_source(CalibrationConfig(data=data), use)
+            with pytest.raises(InputError, match="is a kind of file"):
+                load(data, tokenizer)
+
+
+def test_a_kind_of_file_that_a_later_version_of_datasets_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import packaged_modules
+
+    monkeypatch.setitem(packaged_modules._PACKAGED_DATASETS_MODULES, "scroll", ("x", "y"))
+    with pytest.raises(InputError, match=r"^'scroll' is a kind of file"):
+        text_sources.open_table(HubData("scroll"), seed=0)
+
+
+@pytest.mark.parametrize(("data", "repo"), [("c4", "allenai/c4"), ("org/name:en", "org/name"), ("a:b", "a")])
+def test_a_local_directory_is_not_read_in_place_of_the_hub(
+    data: str, repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_source(CalibrationConfig(data=data))
+    (tmp_path / repo).mkdir(parents=True)
+    write_text(tmp_path / repo / "secret.txt", words(0, 200))
+    with pytest.raises(InputError, match=f"^{repo} is also a name in the current directory"):
+        check_source(CalibrationConfig(data=data))
 
 
 def test_checking_imports_nothing_heavy() -> None:

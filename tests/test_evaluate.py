@@ -532,6 +532,7 @@ def test_command_side_by_side(checkpoints: tuple[Path, Path], capsys: pytest.Cap
         (["{model}", "{four}", "--seq_len", "999999"], 2, "at most"),
         (["{model}", "{four}", "--device", "tpu"], 2, "--device tpu"),
         (["{model}", "{four}", "--data", "/nowhere.txt"], 2, "nowhere.txt"),
+        (["{model}", "{four}", "--data", "csv"], 2, "is a kind of file, not a dataset"),
         (["{model}", "{damaged}", *SMALL], 1, "no tensor"),
     ],
 )

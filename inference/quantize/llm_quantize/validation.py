@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_quantize.backends import registry
-from llm_quantize.calibration.windows import check_source
+from llm_quantize.calibration.text_use import HELD_OUT
+from llm_quantize.calibration.windows import check_data, check_source
 from llm_quantize.config import AUTO, QuantizeConfig
 from llm_quantize.errors import InputError
 from llm_quantize.formats import default_format
@@ -63,6 +64,8 @@ def _check_places(config: QuantizeConfig) -> None:
 def check_places(config: QuantizeConfig) -> None:
     """Look at the text, the model and the target where they are local. Raises InputError."""
     check_source(config.calibration)
+    if config.eval_data not in ("auto", "off"):
+        check_data(config.eval_data, HELD_OUT)
     if config.model_path is not None:
         local_model(config.model_path)
     check_before_work(config.target, config.may_replace)

@@ -37,6 +37,21 @@ NAMES = {
     "pileval": HubData("mit-han-lab/pile-val-backup", None, "validation"),
 }
 
+# Kinds of files that `datasets` takes for names of datasets: it would look for such files in the current directory.
+KINDS = {
+    "csv", "json", "pandas", "parquet", "arrow", "text", "conll", "imagefolder", "audiofolder",
+    "videofolder", "meshfolder", "pdffolder", "niftifolder", "webdataset", "xml", "hdf5", "eval", "lance",
+    "tsfile", "iceberg", "vortex", "mmcif", "pdb", "genbank", "fasta", "fastq", "harbor",
+}  # fmt: skip
+
+
+def not_a_dataset(name: str) -> InputError:
+    """Return the refusal of one of `KINDS`."""
+    return InputError(
+        f"'{name}' is a kind of file, not a dataset: give the file itself, such as ./words.txt, or a hub id such as "
+        "org/name"
+    )
+
 
 def open_hub(source: HubData, seed: int) -> Table:
     """Open a dataset on the hub, or its copy in the cache. seed: the order of the files of a streamed dataset.
@@ -90,8 +105,11 @@ def _streamed(builder: Any, split: str, label: str, seed: int) -> Table:
 def _builder(source: HubData) -> Any:
     """Return the dataset's builder from the hub, or from the cache where the hub does not answer."""
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
     from huggingface_hub import HfApi
 
+    if source.repo in _PACKAGED_DATASETS_MODULES:  # a later version may know more than KINDS
+        raise not_a_dataset(source.repo)
     # Ask the hub first, once: `datasets` tries an unreachable hub for half a minute, and hides the reason.
     refusal: Exception | None = None
     try:

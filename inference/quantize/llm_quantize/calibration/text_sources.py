@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llm_quantize.calibration.hub_datasets import NAMES, HubData, open_hub
+from llm_quantize.calibration.hub_datasets import KINDS, NAMES, HubData, not_a_dataset, open_hub
 from llm_quantize.calibration.local_files import file_suffix, open_file
 from llm_quantize.calibration.saved_datasets import is_saved_dataset, open_saved, quiet
 from llm_quantize.calibration.table import Table
@@ -22,12 +22,13 @@ from llm_quantize.io.hub import REPO_ID, hub_error, looks_like_path
 LOCAL = "a local .txt, .jsonl, .json, .csv or .parquet file, or a directory from save_to_disk"
 
 
-def locate(data: str) -> Path | HubData:
+def locate(data: str, use: TextUse = CALIBRATION) -> Path | HubData:
     """Find what `data` means: an existing file or saved dataset, or a dataset on the hub. Uses no network.
 
     data: the value of `--calib_data` or a like flag.
 
-    Raises InputError: no such path, unknown suffix, a directory without a saved dataset, a malformed hub id.
+    Raises InputError: no such path, unknown suffix, a directory without a saved dataset, a malformed hub id, a name
+    by which `datasets` would read local files.
     """
     try:
         path = Path(data).expanduser()
@@ -50,11 +51,19 @@ def locate(data: str) -> Path | HubData:
     repo, *rest = data.split(":")
     if len(rest) > 3 or (repo not in NAMES and not REPO_ID.fullmatch(repo)):
         raise InputError(
-            f"cannot read '{data}' as calibration data: give {', '.join(NAMES)}, "
+            f"cannot read '{data}' as {use.what}: give {', '.join(NAMES)}, "
             f"a hub id repo[:config[:split[:column]]], or {LOCAL}"
         )
+    if repo in KINDS:
+        raise not_a_dataset(repo)
     given = {key: value for key, value in zip(("config", "split", "column"), rest, strict=False) if value}
-    return replace(NAMES.get(repo, HubData(repo)), **given)
+    found = replace(NAMES.get(repo, HubData(repo)), **given)
+    if Path(found.repo).exists():
+        raise InputError(
+            f"{found.repo} is also a name in the current directory, which would be read in place of the hub's "
+            f"dataset: start from another directory, or give {LOCAL}"
+        )
+    return found
 
 
 def open_table(source: Path | HubData, *, seed: int, use: TextUse = CALIBRATION) -> Table:
@@ -84,7 +93,7 @@ def reading(source: Path | HubData, use: TextUse = CALIBRATION) -> Iterator[None
         if isinstance(source, HubData):
             failure = hub_error(error, "dataset", source.repo)
             if isinstance(failure, InputError):
-                failure = InputError(f"{failure}. Without the hub, {use.flags}data takes {LOCAL}")
+                failure = InputError(f"{failure}. Without the hub, {use.data} takes {LOCAL}")
             raise failure from error
         if isinstance(error, UnicodeError):
             raise InputError(f"cannot read {source}: not UTF-8 text ({one_line(error)})") from error

@@ -127,7 +127,12 @@ def check_source(config: CalibrationConfig, use: TextUse = CALIBRATION) -> None:
         raise InputError(f"{use.flags}samples {config.samples}: at least 1 is needed")
     if config.seq_len < 2:
         raise InputError(f"{use.flags}seq_len {config.seq_len}: at least 2 is needed")
-    text_sources.locate(config.data)
+    check_data(config.data, use)
+
+
+def check_data(data: str, use: TextUse) -> None:
+    """Refuse, before any work and without a network, what names no text. Raises InputError."""
+    text_sources.locate(data, use)
 
 
 def longest_window(tokenizer: Any, max_position_embeddings: int | None = None) -> int | None:
@@ -158,7 +163,7 @@ def load_windows(
     writable, or the disk is full.
     """
     check_source(config, use)
-    source = text_sources.locate(config.data)
+    source = text_sources.locate(config.data, use)
     table = text_sources.open_table(source, seed=config.seed, use=use)
     asked = config.column or (source.column if isinstance(source, HubData) else None)
     column = table.column(asked, use)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llm_quantize.calibration.text_use import EVALUATION
-from llm_quantize.calibration.windows import CalibrationConfig, load_windows, longest_window
+from llm_quantize.calibration.windows import CalibrationConfig, check_data, load_windows, longest_window
 from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.command_line import OneLineParser, debugging, failure
 from llm_quantize.console import Console
@@ -99,6 +99,8 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
     for flag, value, least in (("samples", args.samples, 1), ("seq_len", args.seq_len or 2, 2)):
         if value < least or args.seq_len == 0:
             raise InputError(f"--{flag} {getattr(args, flag)}: at least {least}")
+    if args.data != "auto":
+        check_data(args.data, EVALUATION)
     device = Device.pick(args.device)
     directory = resolve_model(args.source, trust_remote_code=args.trust_remote_code, log=console.note)
     source = SourceModel.open(directory, trust_remote_code=args.trust_remote_code)
