@@ -2,136 +2,57 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import itertools
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from llm_quantize.calibration import text_sources
-from llm_quantize.calibration.column_tokenizer import as_messages
+from llm_quantize.calibration.conversations import as_messages
 from llm_quantize.calibration.hub_datasets import HubData
 from llm_quantize.calibration.sampling import Item, draw, split_text
-from llm_quantize.calibration.saved_datasets import quiet
 from llm_quantize.calibration.table import Table
 from llm_quantize.calibration.text_use import CALIBRATION, EVALUATION, HELD_OUT, TextUse
 from llm_quantize.calibration.windows import (
     CalibrationConfig,
-    Windows,
     check_source,
     load_windows,
     longest_window,
 )
 from llm_quantize.errors import InputError
-
-EOS, BOS, UNKNOWN, LINE = 0, 1, 2, 3
-FIRST = 4  # the id of word w0
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}"
-    "{% endif %}{{ 'w900' if m.role == 'user' else 'w901' }} {{ m.content }} {% endfor %}<eos>\n"
+from texts import (
+    BOS,
+    EOS,
+    FIRST,
+    LINE,
+    TEMPLATE,
+    UNKNOWN,
+    load,
+    make_tokenizer,
+    numbers,
+    save_dataset,
+    words,
+    write_csv,
+    write_gz,
+    write_json,
+    write_lines,
+    write_parquet,
+    write_text,
 )
+
 ROWS = [f"w{start} w{start + 1} w{start + 2}" for start in range(0, 90, 3)]
-
-
-def words(start: int, stop: int) -> str:
-    return " ".join(f"w{i}" for i in range(start, stop))
-
-
-def make_tokenizer(*, bos: bool = False, eos: bool = True, template: str | None = None) -> Any:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {"<eos>": EOS, "<bos>": BOS, "<unk>": UNKNOWN, "\n\n": LINE}
-    vocabulary |= {f"w{i}": i + FIRST for i in range(40_000)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    # Tokens are words, and the blank line that separates documents where there is no EOS.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[ =]+|(?<!\n)\n(?!\n)"), "removed"),
-            pre_tokenizers.Split(Regex(r"\n\n"), "isolated"),
-        ]
-    )
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
-        )
-    special = {"bos_token": "<bos>"} if bos else {}
-    special |= {"eos_token": "<eos>"} if eos else {}
-    fast: Any = PreTrainedTokenizerFast
-    # The maximum is far below every document: it must not matter, nor cause warnings.
-    made = fast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=4, **special)
-    made.chat_template = template
-    return made
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return make_tokenizer()
-
-
-def load(data: object, tokenizer: Any, **options: Any) -> tuple[Windows, list[str]]:
-    """Return the windows and the warnings."""
-    lines: list[str] = []
-    config = CalibrationConfig(**{"data": str(data), "samples": 4, "seq_len": 8, **options})
-    return load_windows(config, tokenizer, log=lines.append), lines
-
-
-def numbers(windows: Windows) -> list[int]:
-    """Return the numbers of all words, in order."""
-    return [int(i) - FIRST for i in windows.tokens.flatten() if i >= FIRST]
-
-
-def write_json(path: Path, value: Any) -> Path:
-    path.write_text(json.dumps(value))
-    return path
-
-
-def write_lines(path: Path, records: list[Any]) -> Path:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    return path
-
-
-def write_csv(path: Path, rows: list[str]) -> Path:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", newline="") as file:
-        csv.writer(file).writerows([["id", "text"], *([i, row] for i, row in enumerate(rows))])
-    return path
-
-
-def write_gz(path: Path, text: str) -> Path:
-    path.write_bytes(gzip.compress(text.encode()))
-    return path
-
-
-def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def save_dataset(path: Path, columns: dict[str, list[Any]], *splits: str) -> Path:
-    import datasets
-
-    data = datasets.Dataset.from_dict(columns)
-    with quiet():
-        (datasets.DatasetDict(dict.fromkeys(splits, data)) if splits else data).save_to_disk(path)
-    return path
-
-
-def write_text(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
 
 
 SOURCES: dict[str, Callable[[Path], Path]] = {
@@ -391,7 +312,9 @@ def test_messages_use_the_words_of_the_command(
     folder.mkdir()
     text = write_text(folder / "a.txt", words(0, 20))
     turns = [{"role": "user", "content": words(0, 20)}]
-    talk = write_lines(folder / "a.jsonl", [{"messages": turns}, {"messages": [{"role": "tool"}]}])
+    talk = write_lines(
+        folder / "a.jsonl", [{"messages": turns}, {"messages": [{"role": "tool", "content": "w1"}]}]
+    )
     two_columns = write_parquet(folder / "a.parquet", {"x": [1], "y": [2]})
 
     assert refused(text, plain, samples=0) == f"{flags}samples 0: at least 1 is needed"
@@ -507,17 +430,17 @@ def test_checking_imports_nothing_heavy() -> None:
 def test_drawing_keeps_the_budget_and_is_uniform() -> None:
     middles = []
     for seed in range(20):
-        drawn = draw((Item(i, 10, "x" * 10) for i in range(2000)), 1000, seed)
+        drawn = draw((Item(i, 10, "x" * 10) for i in range(2000)), 1000, seed, 1000)
         assert len(drawn) == 100
         middles.append(sum(item.document for item in drawn) / 100)
     # The mean of 2000 uniform means: 999.5, give or take 577 / sqrt(2000) = 13.
     assert abs(sum(middles) / 20 - 999.5) < 52
-    assert draw(iter([Item(0, 10, "x")]), 1000, 0) == [Item(0, 10, "x")]
+    assert draw(iter([Item(0, 10, "x")]), 1000, 0, 1000) == [Item(0, 10, "x")]
 
 
 def test_a_larger_budget_draws_the_same_and_more() -> None:
     items = [Item(i, 1 + i % 7, "x") for i in range(500)]
-    few, many = (draw(items, budget, 3) for budget in (100, 400))
+    few, many = (draw(items, budget, 3, 1000) for budget in (100, 400))
     assert many[: len(few)] == few
     assert sum(i.size for i in few[:-1]) < 100 <= sum(i.size for i in few)
 
@@ -527,11 +450,11 @@ def test_a_stream_is_read_no_further_than_needed(
 ) -> None:
     read = 0
 
-    def rows(column: str) -> Iterator[str]:
+    def rows(columns: Sequence[str]) -> Iterator[tuple[str]]:
         nonlocal read
         while True:
             read += 1
-            yield words(read % 1000 * 30, read % 1000 * 30 + 30)
+            yield (words(read % 1000 * 30, read % 1000 * 30 + 30),)
 
     table = Table("endless", ("text",), rows, streamed=True)
     monkeypatch.setattr(text_sources, "open_table", lambda source, **options: table)

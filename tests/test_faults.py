@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -559,8 +559,8 @@ def test_a_dataset_that_ends_early(
 ) -> None:
     """A short dataset gives fewer windows and a warning, an error one line."""
 
-    def rows(column: str) -> Iterator[str]:
-        yield from ["some words of text that a model can read " * 8] * 2
+    def rows(columns: Sequence[str]) -> Iterator[tuple[str]]:
+        yield from [("some words of text that a model can read " * 8,)] * 2
         if error is not None:
             raise error
 

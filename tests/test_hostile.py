@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -20,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MAIN
-from llm_quantize.calibration import local_files, text_sources
+from llm_quantize.calibration import column_tokenizer, text_files, text_sources
 from llm_quantize.calibration.saved_datasets import quiet
+from llm_quantize.calibration.windows import CalibrationConfig, load_windows
 from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError
 from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
@@ -639,7 +641,7 @@ def test_text_that_grows_without_end_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(local_files, "GROWTH_FREE", 1 << 20)
+    monkeypatch.setattr(text_files, "GROWTH_FREE", 1 << 20)
     data = bomb(tmp_path / name, start, unit, 8)
     assert data.stat().st_size < (8 << 20) / 200
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -647,24 +649,99 @@ def test_text_that_grows_without_end_is_refused(
     assert MAIN["gptq"]([*words, "--calib_data", str(data)]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
     assert name in line
-    assert "unpacks to more than 100 times its size" in line or "longer than 1 MiB" in line
+    assert re.search("unpacks to more than 100 times its size|longer than 1 MiB|nested too deeply", line)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
     assert not (tmp_path / "out").exists()
 
 
-def test_a_value_that_is_stored_once_and_meant_often(tmp_path: Path) -> None:
-    """A small file holds a text of a megabyte five thousand times: one is in memory at a time."""
+def repeated(kind: str, text: str, count: int) -> Any:
+    """Make a column of a parquet file that holds one text and means `count` of them."""
+    import pyarrow as pa
+
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([text]))
+    one_row = pa.array([0, count], pa.int32())
+    if kind == "text":
+        return shared
+    if kind in ("large_string", "binary"):
+        values = pa.array([text]).cast(kind)
+        return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), values)
+    if kind == "list of strings":
+        return pa.ListArray.from_arrays(one_row, shared)
+    if kind == "nulls":
+        return pa.nulls(count * 10, pa.string())
+    if kind == "list of numbers":
+        return pa.ListArray.from_arrays(pa.array([0, count * 400], pa.int32()), pa.repeat(1, count * 400))
+    roles = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["user"]))
+    return pa.ListArray.from_arrays(one_row, pa.StructArray.from_arrays([roles, shared], ["role", "content"]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text", "large_string", "binary", "list of strings", "messages", "nulls", "list of numbers"],
+)
+def test_parquet_that_grows_without_end_is_refused(kind: str, tmp_path: Path) -> None:
+    """A file of some kilobytes stands for gigabytes: they are neither held nor read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    indices = pa.array([0] * 5000, pa.int32())
-    text = pa.DictionaryArray.from_arrays(indices, pa.array(["a b " * (1 << 18)]))
-    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
-    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    column = "messages" if kind == "messages" else "text"
+    data = pa.table({column: repeated(kind, "a b " * (1 << 18), 100_000)})
+    path = tmp_path / "a.parquet"
+    pq.write_table(data, path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 100_000
+    del data
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    table = text_sources.open_table(tmp_path / "a.parquet", seed=0)
-    assert sum(len(value) for value in table.read("text")) == 5000 << 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
+    table = text_sources.open_table(path, seed=0)
+    with pytest.raises(InputError) as caught, text_sources.reading(path):
+        for _ in table.read(column):
+            pass
+    told = (
+        "unpacks to more than 100 times its size|MiB of memory|holds bytes values|a row is longer than 64 MiB"
+    )
+    assert re.search(told, str(caught.value))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert children < 3 << 20  # KiB
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "unit", "end"),
+    [
+        ("a.jsonl", "", '{"text": "a"}\n', ""),
+        ("a.jsonl", "", '{"messages": [{"role": "user", "content": ""}]}\n', ""),
+        ("a.jsonl", "", '{"text": null}\n', ""),
+        ("a.json", "[", '"a",', '"a"]'),
+        ("a.csv", "id,text\n", "1,a\n", ""),
+    ],
+)
+def test_rows_that_hold_next_to_nothing_are_not_all_read(
+    name: str, start: str, unit: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(column_tokenizer, "MANY", 20_000)
+    tokenizer = SourceModel.open(EMBEDDED_MODEL).tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    path = tmp_path / name
+    config = CalibrationConfig(data=str(path), samples=4, seq_len=32)
+    path.write_text(start + unit * 19_000 + end)
+    load_windows(config, tokenizer, log=lambda line: None) if "null" not in unit else None
+    path.write_text(start + unit * 40_000 + end)
+    with pytest.raises(InputError, match="more than 20,000 rows of fewer than 8 characters on average"):
+        load_windows(config, tokenizer, log=lambda line: None)
+
+
+def test_parquet_whose_texts_repeat_is_read(tmp_path: Path) -> None:
+    """Each of the texts is stored once, and meant sixty times."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    texts = [f"text {i} " + "a b c " * 1000 for i in range(50)] * 60
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    pq.write_table(pa.table({"text": texts, "messages": turns}), path)
+    table = text_sources.open_table(path, seed=0)
+    assert list(table.read("text")) == texts
+    assert list(table.read("messages")) == turns
+    assert list(table.rows(["messages", "text"])) == list(zip(turns, texts, strict=True))
 
 
 @pytest.mark.parametrize("key", ["_data_files", "dataset_dict"])
@@ -714,7 +791,7 @@ def test_ordinary_text_that_packs_well_is_read(model: Path, tmp_path: Path) -> N
 
 
 def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
-    """pyarrow would end the process if it were asked for such a column's metadata."""
+    """pyarrow ends its process at some of them, which is not this one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -727,7 +804,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
         "from llm_quantize.errors import InputError\n"
         "path, told = Path(sys.argv[1]), 0\n"
         "data = path.read_bytes()\n"
-        "for at in range(len(data)):\n"
+        "for at in range(0, len(data), 53):\n"
         "    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])\n"
         "    try:\n"
         "        with text_sources.reading(path): list(text_sources.open_table(path, seed=0).documents('text'))\n"
@@ -744,7 +821,7 @@ def test_a_parquet_file_with_damaged_statistics(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(data) > int(done.stdout) > 50
+    assert len(data) / 53 > int(done.stdout) > 4
 
 
 @pytest.mark.parametrize("where", ["shard", "tensor", "method", "directory"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,16 @@ def _streamed(builder: Any, split: str, label: str, seed: int) -> Table:
     count = data.num_shards
     order = random.Random(seed).sample(range(count), count)
 
-    def shard(column: str, index: int) -> Iterator[Any]:
-        rows = data.select_columns([column]).shard(num_shards=count, index=index)
-        return articles(row[column] for row in rows)
+    def shard(names: list[str], index: int) -> Iterator[tuple[Any, ...]]:
+        shards = data.select_columns(names).shard(num_shards=count, index=index)
+        values = (tuple(row[name] for name in names) for row in shards)
+        return ((value,) for value in articles(v for (v,) in values)) if len(names) == 1 else values
 
-    def read(column: str) -> Iterator[Any]:
+    def rows(names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         for start in range(0, count, INTERLEAVED_FILES):
-            yield from _interleaved([shard(column, i) for i in order[start : start + INTERLEAVED_FILES]])
+            yield from _interleaved([shard(list(names), i) for i in order[start : start + INTERLEAVED_FILES]])
 
-    return Table(label, tuple(columns), read, streamed=True)
+    return Table(label, tuple(columns), rows, streamed=True)
 
 
 def _builder(source: HubData) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ def open_saved(path: Path) -> Table:
 def arrow_table(data: Any, where: str) -> Table:
     """Wrap a `datasets.Dataset` as a table. where: its name, for messages."""
 
-    def read(column: str) -> Iterator[Any]:
-        for batch in data.select_columns([column]).iter(batch_size=1024):
-            yield from batch[column]
+    def rows(columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        for batch in data.select_columns(list(columns)).iter(batch_size=1024):
+            yield from zip(*(batch[column] for column in columns), strict=True)
 
-    return Table(where, tuple(data.column_names), read)
+    return Table(where, tuple(data.column_names), rows)
 
 
 def pick_split(splits: list[str], asked: str | None, where: str) -> str:

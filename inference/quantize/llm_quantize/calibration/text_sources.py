@@ -96,5 +96,8 @@ def reading(source: Path | HubData, use: TextUse = CALIBRATION) -> Iterator[None
                 failure = InputError(f"{failure}. Without the hub, {use.data} takes {LOCAL}")
             raise failure from error
         if isinstance(error, UnicodeError):
-            raise InputError(f"cannot read {source}: not UTF-8 text ({one_line(error)})") from error
+            encoding = getattr(
+                error, "encoding", "utf-8"
+            ).upper()  # of UTF-16 and UTF-32 without the byte order
+            raise InputError(f"cannot read {source}: not {encoding} text ({one_line(error)})") from error
         raise InputError(f"cannot read {source}: {one_line(error)}") from error

@@ -18,7 +18,7 @@ from llm_quantize.calibration.column_tokenizer import ColumnTokenizer
 from llm_quantize.calibration.hub_datasets import HubData
 from llm_quantize.calibration.sampling import draw, take_first
 from llm_quantize.calibration.text_use import CALIBRATION, TextUse
-from llm_quantize.errors import InputError
+from llm_quantize.errors import InputError, one_line
 from llm_quantize.options import Option, option
 
 if TYPE_CHECKING:
@@ -166,14 +166,17 @@ def load_windows(
     source = text_sources.locate(config.data, use)
     table = text_sources.open_table(source, seed=config.seed, use=use)
     asked = config.column or (source.column if isinstance(source, HubData) else None)
-    column = table.column(asked, use)
+    with text_sources.reading(source, use):
+        column = table.column(asked, use, log)
     where = table.where if table.columns == ("text",) else f"{table.where}, column {column}"
 
-    text = ColumnTokenizer(tokenizer, where, use)
+    where = one_line(where)  # names may hold control characters
+    text = ColumnTokenizer(tokenizer, where, use, column)
     head = text.bos[: config.seq_len - 1]
     body = config.seq_len - len(head)  # tokens of text in a window
     needed = config.samples * body
-    budget = POOL_FACTOR * CHARS_PER_TOKEN * needed
+    budget = POOL_FACTOR * CHARS_PER_TOKEN * needed  # characters of the pool
+    most = needed  # items of the pool: each gives a token or more
     while True:
         with text_sources.reading(source, use):
             items = text.items(
@@ -182,11 +185,13 @@ def load_windows(
                 single=table.single,
             )
             # A stream costs network traffic: read only until the pool is full. Read other sources to their end.
-            pool = draw(take_first(items, budget) if table.streamed else items, budget, config.seed)
+            first = take_first(items, budget, most) if table.streamed else items
+            pool = draw(first, budget, config.seed, most)
         documents, stream = text.join(pool, needed)
-        if len(stream) >= needed or sum(item.size for item in pool) < budget:
+        if len(stream) >= needed or (sum(item.size for item in pool) < budget and len(pool) < most):
             break
-        budget *= 4  # tokens are longer than expected: the pool had too few, the source may have more
+        # Tokens are longer than expected: the pool had too few, the source may have more.
+        budget, most = budget * 4, most * 4
     text.report(log)
 
     count = min(len(stream) // body, config.samples)
