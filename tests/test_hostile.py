@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MAIN
-from llm_quantize.calibration import column_tokenizer, text_files, text_sources
+from llm_quantize.calibration import column_tokenizer, saved_datasets, text_files, text_sources
 from llm_quantize.calibration.saved_datasets import quiet
 from llm_quantize.calibration.windows import CalibrationConfig, load_windows
 from llm_quantize.checkpoint.reader import QuantizedStore
@@ -764,6 +764,117 @@ def test_a_saved_dataset_cannot_name_what_is_elsewhere(key: str, name: Any, tmp_
     with pytest.raises(InputError) as caught:
         text_sources.open_table(tmp_path / "saved", seed=0)
     assert "save the dataset again" in str(caught.value) or "link.arrow" in str(caught.value)
+
+
+def saved_dataset(path: Path, *splits: str) -> Path:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"text": ["some words"]})
+    with quiet():
+        (datasets.DatasetDict(dict.fromkeys(splits, data)) if splits else data).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("splits", [(), ("train", "test")], ids=["one", "several"])
+@pytest.mark.parametrize("kind", ["link", "link inside", "pipe", "huge", "missing", "directory"])
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "dataset_dict.json", "*.arrow"])
+def test_files_of_a_saved_dataset_are_regular_and_inside(
+    name: str, kind: str, splits: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved_dataset(tmp_path / "saved", *splits)
+    top = not splits or name == "dataset_dict.json"
+    found = list((path if top else path / "test").glob(name))
+    if not found:
+        assert name == "dataset_dict.json"
+        return
+    if kind == "huge":
+        if name == "*.arrow":
+            return  # it is mapped, not read as a whole
+        monkeypatch.setattr(saved_datasets, "_LARGEST_STATE", 10)
+        monkeypatch.setattr(saved_datasets, "_LARGEST_DICT", 10)
+    else:
+        (file,) = found
+        other = file.with_name("other") if kind == "link inside" else tmp_path / "other"
+        file.rename(other)
+        if kind.startswith("link"):
+            file.symlink_to(other)
+        elif kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "directory":
+            file.mkdir()
+    if kind == "link inside":
+        assert list(text_sources.open_table(path, seed=0).read("text")) == ["some words"]
+        return
+    with pytest.raises(InputError) as caught:
+        text_sources.open_table(text_sources.locate(str(path)), seed=0)
+    told = "leads out of it|is not a regular file|larger than 0 MiB|is missing|no dataset written by save_to_disk"
+    assert re.search(told, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_that_is_a_link(tmp_path: Path) -> None:
+    path = saved_dataset(tmp_path / "saved", "train", "test")
+    (path / "train").rename(tmp_path / "elsewhere")
+    (path / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"train in .*saved leads out of it: put a copy in its place"):
+        text_sources.open_table(path, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", "[]"),
+        ("state.json", "{"),
+        ("state.json", '{"_data_files": 3}'),
+        ("state.json", '{"_data_files": [{}]}'),
+        ("state.json", '{"_data_files": ["a"]}'),
+        ("state.json", '{"_data_files": [{"filename": "a\\u0000"}]}'),
+        ("dataset_info.json", "3"),
+        ("dataset_dict.json", "3"),
+        ("dataset_dict.json", "{}"),
+        ("dataset_dict.json", '{"splits": "train"}'),
+        ("dataset_dict.json", '{"splits": [["a"]]}'),
+        ("dataset_dict.json", '{"splits": [".."]}'),
+    ],
+)
+def test_what_a_saved_dataset_says_of_itself_is_not_believed(file: str, content: str, tmp_path: Path) -> None:
+    path = saved_dataset(tmp_path / "saved")
+    (path / file).write_text(content)
+    with pytest.raises(InputError, match=r"save the dataset again|leads out of it"):
+        text_sources.open_table(path, seed=0)
+
+
+def test_the_files_that_a_column_of_images_names_are_not_opened() -> None:
+    import datasets
+
+    image = {"_type": "Image"}
+    for features in ({"text": image}, {"text": {"feature": image, "_type": "List"}}, {"text": {"a": image}}):
+        table = saved_datasets.arrow_table(FakeData(datasets.Features.from_dict(features)), "saved")
+        with pytest.raises(InputError, match="saved, column text holds images, sound or video, and no text"):
+            next(table.read("text"))
+
+
+class FakeData:
+    """What `arrow_table` reads before it reads rows."""
+
+    column_names = ("text",)
+
+    def __init__(self, features: Any) -> None:
+        self.features = features
+
+    def with_format(self, kind: None) -> FakeData:
+        return self
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow"])
+def test_a_dataset_that_was_saved_for_another_library(kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"text": ["some words"], "messages": [[{"role": "user", "content": "a"}]]}
+    with quiet():
+        datasets.Dataset.from_dict(rows).with_format(kind).save_to_disk(tmp_path / "saved")
+    table = text_sources.open_table(tmp_path / "saved", seed=0)
+    assert list(table.rows(["text", "messages"])) == [("some words", [{"role": "user", "content": "a"}])]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet", "a.csv"])
