@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from llm_quantize.calibration.text_use import CALIBRATION, EVALUATION, HELD_OUT,
 from llm_quantize.calibration.windows import (
     CalibrationConfig,
     check_source,
+    check_window_length,
     load_windows,
     longest_window,
 )
@@ -519,3 +521,26 @@ def test_longest_window(tokenizer_limit: int, model_limit: int | None, longest: 
         model_max_length = tokenizer_limit
 
     assert longest_window(Limited(), model_limit) == longest
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_limit", "model_limit", "told"),
+    [
+        (4096, 2048, "--calib_seq_len 3000 is more than the model takes: at most 2048"),
+        (2048, 2048, "--calib_seq_len 3000 is more than the model takes: at most 2048"),
+        (int(1e30), 2048, "--calib_seq_len 3000 is more than the model takes: at most 2048"),
+        (512, 2048, "--calib_seq_len 3000 is more than the tokenizer takes, by the model_max_length"),
+        (512, 32768, "at most 512, or correct that file"),
+        (512, None, "--calib_seq_len 3000 is more than the tokenizer takes, by the model_max_length"),
+    ],
+)
+def test_a_window_that_is_too_long_names_who_says_so(
+    tokenizer_limit: int, model_limit: int | None, told: str
+) -> None:
+    class Limited:
+        model_max_length = tokenizer_limit
+
+    with pytest.raises(InputError, match=re.escape(told)):
+        check_window_length("--calib_seq_len", 3000, Limited(), model_limit)
+    check_window_length("--calib_seq_len", 512, Limited(), model_limit)
+    check_window_length("--calib_seq_len", 10**6, object(), None)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from llm_quantize.backends import registry
-from llm_quantize.calibration.windows import longest_window
+from llm_quantize.calibration.tokenizer_packages import naming_packages
+from llm_quantize.calibration.windows import check_window_length
 from llm_quantize.config import QuantizeConfig
 from llm_quantize.console import Console
 from llm_quantize.device import Device
-from llm_quantize.errors import InputError
 from llm_quantize.io.atomic_directory import check_target
 from llm_quantize.io.embedded_files import EMBEDDED_MODEL
 from llm_quantize.io.hub import resolve_model
@@ -49,7 +49,8 @@ def prepare(
     on_config: is given the model's config, before the seconds that building the model takes.
     """
     directory, scratch = _model_directory(config, console)
-    model = SourceModel.open(directory, trust_remote_code=config.trust_remote_code, on_config=on_config)
+    with naming_packages(directory):
+        model = SourceModel.open(directory, trust_remote_code=config.trust_remote_code, on_config=on_config)
     store_dtype = stored_dtype(model.dtype)
     solver = make_solver(config, store_dtype)
     _check_shapes(config, model, solver.scheme)
@@ -141,8 +142,5 @@ def _check_target(config: QuantizeConfig, model: SourceModel) -> None:
 
 
 def _check_window_length(config: QuantizeConfig, model: SourceModel) -> None:
-    limit = longest_window(model.tokenizer, getattr(model.text_config, "max_position_embeddings", None))
-    if limit is not None and config.calibration.seq_len > limit:
-        raise InputError(
-            f"--calib_seq_len {config.calibration.seq_len} is more than the model takes: at most {limit}"
-        )
+    positions = getattr(model.text_config, "max_position_embeddings", None)
+    check_window_length("--calib_seq_len", config.calibration.seq_len, model.tokenizer, positions)

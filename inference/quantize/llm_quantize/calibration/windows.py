@@ -143,6 +143,22 @@ def longest_window(tokenizer: Any, max_position_embeddings: int | None = None) -
     return min(known, default=None)
 
 
+def check_window_length(flag: str, seq_len: int, tokenizer: Any, max_position_embeddings: int | None) -> None:
+    """Refuse windows of more tokens than model or tokenizer accept. flag: the option that says `seq_len`.
+
+    Raises InputError that says which of the two it is.
+    """
+    longest = longest_window(tokenizer, max_position_embeddings)
+    if longest is None or seq_len <= longest:
+        return
+    if longest_window(None, max_position_embeddings) == longest:
+        raise InputError(f"{flag} {seq_len} is more than the model takes: at most {longest}")
+    raise InputError(
+        f"{flag} {seq_len} is more than the tokenizer takes, by the model_max_length of its tokenizer_config.json: "
+        f"at most {longest}, or correct that file"
+    )
+
+
 def load_windows(
     config: CalibrationConfig,
     tokenizer: Any,

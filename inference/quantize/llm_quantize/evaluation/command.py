@@ -16,7 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llm_quantize.calibration.text_use import EVALUATION
-from llm_quantize.calibration.windows import CalibrationConfig, check_data, load_windows, longest_window
+from llm_quantize.calibration.tokenizer_packages import naming_packages
+from llm_quantize.calibration.windows import (
+    CalibrationConfig,
+    check_data,
+    check_window_length,
+    load_windows,
+    longest_window,
+)
 from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.command_line import OneLineParser, debugging, failure
 from llm_quantize.console import Console
@@ -103,10 +110,12 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
         check_data(args.data, EVALUATION)
     device = Device.pick(args.device)
     directory = resolve_model(args.source, trust_remote_code=args.trust_remote_code, log=console.note)
-    source = SourceModel.open(directory, trust_remote_code=args.trust_remote_code)
-    longest = longest_window(source.tokenizer, getattr(source.text_config, "max_position_embeddings", None))
-    if args.seq_len and longest and args.seq_len > longest:
-        raise InputError(f"--seq_len {args.seq_len} is more than the model takes: at most {longest}")
+    with naming_packages(directory):
+        source = SourceModel.open(directory, trust_remote_code=args.trust_remote_code)
+    positions = getattr(source.text_config, "max_position_embeddings", None)
+    longest = longest_window(source.tokenizer, positions)
+    if args.seq_len:
+        check_window_length("--seq_len", args.seq_len, source.tokenizer, positions)
     asked = CalibrationConfig(
         data=str(EMBEDDED_HELDOUT) if args.data == "auto" else args.data,
         samples=args.samples,
