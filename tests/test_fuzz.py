@@ -14,7 +14,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from fake_checkpoints import whole_model
 from llm_quantize.calibration import text_sources
 from llm_quantize.calibration.hub_datasets import HubData
+from llm_quantize.calibration.saved_datasets import quiet
+from llm_quantize.calibration.table import Table
 from llm_quantize.calibration.windows import CalibrationConfig, load_windows
 from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError, WorkError
@@ -434,6 +436,20 @@ RECORDS = [
     {"text": None},
     {"messages": [{"role": "user", "content": "hello"}, {"from": "gpt", "value": "x"}]},
     {"messages": {"role": ["user", "gpt"], "content": ["a", "b"]}},
+    {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}],
+        "tools": [{"a": 1}],
+    },
+    {"messages": '[{"role": "user", "content": "hello"}]', "tools": '[{"name": "f"}]'},
+    {
+        "messages": [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+            }
+        ]
+    },
     "words alone",
 ]
 LINES = b"".join(dumped(record) + b"\n" for record in RECORDS)
@@ -442,6 +458,9 @@ FILES: dict[str, bytes] = {
     "a.jsonl": LINES,
     "a.json": dumped({"version": 1, "data": RECORDS[:3]}),
     "a.csv": b'id,text\n1,"some, ""words"""\n2,more\n',
+    "b.csv": 'text;id\n"some; ""words""";1\ntext;id\nmore, and more;2\n'.encode("utf-16"),
+    "b.txt": "some w\u00f6rds\n\non lines\n".encode("utf-16-le"),
+    "b.json": dumped(RECORDS),
     "a.txt.gz": gzip.compress(b"some words on lines\n" * 20, mtime=0),
     "a.jsonl.gz": gzip.compress(LINES, mtime=0),
 }
@@ -452,7 +471,8 @@ def parquet() -> bytes:
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": ["some words", "more", None], "id": [1, 2, 3]}), sink)
+    turns = [[{"role": "user", "content": "hello"}], [{"role": "gpt", "content": "x"}], None]
+    pq.write_table(pa.table({"text": ["some words", "more", None], "id": [1, 2, 3], "messages": turns}), sink)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
@@ -477,13 +497,73 @@ def test_calibration_files(name: str, tokenizer: Any, work: Path) -> None:
 
     def body(content: bytes) -> None:
         path.write_bytes(content)
-        with refusing(InputError):
-            windows = load_windows(
-                CalibrationConfig(data=str(path), samples=2, seq_len=4), tokenizer, log=lambda line: None
-            )
-            assert windows.tokens.shape[1] == 4
+        read_windows(path, tokenizer)
 
-    run(name, strategy, body, 60)
+    run(name, strategy, body, 12 if name == "a.parquet" else 60)  # each of which starts processes
+
+
+# Faults of the program's own, not of what it reads.
+OWN = TypeError | KeyError | AttributeError | IndexError | UnicodeEncodeError | FileNotFoundError
+
+
+def read_windows(path: Path, tokenizer: Any, column: str | None = None, *, library: bool = False) -> None:
+    """Read token windows; everything that is told can be printed. library: another library may fail on its own."""
+    lines: list[str] = []
+    with refusing(InputError):
+        try:
+            windows = load_windows(
+                CalibrationConfig(data=str(path), samples=2, seq_len=4, column=column),
+                tokenizer,
+                log=lines.append,
+            )
+        except InputError as error:
+            if not library and isinstance(error.__cause__, OWN):
+                raise error.__cause__ from None
+            raise
+        assert windows.tokens.shape[1] == 4
+        lines.append(str(windows))
+    assert all(line.encode() and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_values_of_a_column(column: str, tokenizer: Any, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of any kind in rows of any source, with tools and without."""
+    kinds = [record.get(column) for record in RECORDS if isinstance(record, dict)]
+    value = changed({"value": kinds}).map(lambda found: found.get("value")) | VALUES
+    rows = st.lists(st.tuples(value | value.map(json.dumps), VALUES | st.just([{"name": "f"}])), max_size=4)
+
+    def body(drawn: list[tuple[Any, Any]]) -> None:
+        flat = [
+            (v, tools) for values, tools in drawn for v in (values if isinstance(values, list) else [values])
+        ]
+
+        def read(columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+            return (tuple(row[(column, "tools").index(name)] for name in columns) for row in flat)
+
+        table = Table("rows", (column, "tools") if len(flat) % 2 else (column,), read)
+        monkeypatch.setattr(text_sources, "open_table", lambda source, **options: table)
+        read_windows(work / "a.txt", tokenizer, column)
+
+    (work / "a.txt").touch()
+    run(f"values of {column}", rows, body, 150)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "dataset_dict.json"])
+def test_what_saved_datasets_say_of_themselves(name: str, tokenizer: Any, work: Path) -> None:
+    import datasets
+
+    path = work / f"saved-{name}"
+    with quiet():
+        data = datasets.Dataset.from_dict({"text": ["some words", "more"], "id": [1, 2]})
+        datasets.DatasetDict({"train": data, "test": data}).save_to_disk(path)
+    file = path / name if name == "dataset_dict.json" else path / "train" / name
+    whole = file.read_bytes()
+
+    def body(content: bytes) -> None:
+        file.write_bytes(content)
+        read_windows(path, tokenizer, "text", library=True)
+
+    run(name, damaged(whole) | changed(json.loads(whole)).map(dumped) | VALUES.map(dumped), body, 60)
 
 
 def test_names_of_calibration_data() -> None:

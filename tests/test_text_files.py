@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import random
@@ -265,3 +266,19 @@ def test_numbers_at_the_end_of_a_block(tmp_path: Path, monkeypatch: pytest.Monke
         assert numbers(load(data, make_tokenizer(), samples=50)[0]) == expected
     lines = write_lines(tmp_path / "a.jsonl", json.loads(data.read_text()))
     assert numbers(load(lines, make_tokenizer(), samples=50)[0]) == expected
+
+
+@pytest.mark.parametrize("document", ["[{}]", '{"a": [{}]}', '{"a": [{}], "data": [{"text": "a"}]}'])
+def test_lists_of_next_to_nothing_are_not_all_read(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_files, "MANY", 1000)
+    path = tmp_path / "a.json"
+    for unit, count, fails in (('"a"', 900, False), ('"a"', 1100, True), ('{"text": "a"}', 1100, False)):
+        path.write_text(document.replace("[{}]", f"[{', '.join([unit] * count)}]"))
+        if fails:
+            assert "more than 1,000 values of fewer than 10 characters" in refused(path)
+        else:
+            with contextlib.suppress(InputError):  # such as two lists, which are no document
+                read_all(path)
+            assert text_sources.open_table(path, seed=0).columns

@@ -16,15 +16,14 @@ from llm_quantize.calibration.conversations import (
     is_printed_conversation,
 )
 from llm_quantize.calibration.sampling import Item, batches, split_text
-from llm_quantize.calibration.table import WithTools
+from llm_quantize.calibration.table import MANY, WithTools
 from llm_quantize.calibration.text_use import TextUse
 from llm_quantize.errors import InputError, is_failure, one_line
 
 BATCH_CHARS = 1 << 18  # characters tokenized in one call
 BATCH_ITEMS = 1 << 14  # likewise; only very short texts are as many
 HOPELESS = 1000  # conversations that cannot be used, and none that can, after which no more are tried
-# A source of more rows than MANY has SHORT characters a row or more: rows cost time, whatever they hold.
-MANY, SHORT = 1 << 20, 8
+SHORT = 8  # characters; sources of more than MANY rows have as many a row, or more
 TRIED = 32  # values by which it is told whether texts are conversations
 # Columns whose texts are conversations if they can be read as such.
 CONVERSATIONS = ("messages", "conversations")

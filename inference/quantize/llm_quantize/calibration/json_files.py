@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llm_quantize.calibration.table import COLUMNS, HEAD, Table
+from llm_quantize.calibration.table import COLUMNS, HEAD, MANY, Table
 from llm_quantize.calibration.text_files import LINE, lines, open_text
 from llm_quantize.errors import InputError
 
 BLOCK = 1 << 16  # characters read at once
+SHORT = 10  # characters with their punctuation; lists of more than MANY values have as many a value, or more
 _BLANK = re.compile("[ \t\n\r\ufeff]*")  # files that were joined hold byte order marks
 
 
@@ -170,7 +171,14 @@ class _Document:
     def elements(self) -> Iterator[Any]:
         """Take a list; yield its values."""
         self._take("[")
-        yield from self._separated("]", self.value)
+        start = self._before + self._at
+        for number, value in enumerate(self._separated("]", self.value), 1):
+            if number > MANY and self._before + self._at - start < SHORT * number:
+                raise InputError(
+                    f"cannot read {self._path}: it has more than {MANY:,} values of fewer than {SHORT} characters on "
+                    "average: join them to documents"
+                )
+            yield value
 
     def members(self) -> Iterator[str]:
         """Take an object; yield its keys. The caller takes each key's value."""

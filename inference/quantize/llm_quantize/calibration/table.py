@@ -13,6 +13,7 @@ from llm_quantize.errors import InputError
 
 COLUMNS = ("text", "messages", "conversations", "content")  # names that hold text, by preference
 TOOLS = "tools"  # the column that holds the tools of conversations
+MANY = 1 << 18  # rows, of which more must not be short: rows cost time, whatever they hold
 HEAD = 256  # rows by which a table is judged before it is read
 
 
