@@ -190,6 +190,7 @@ def test_arguments_of_calls_are_objects_for_the_template(tmp_path: Path) -> None
             "a message has a part that is not text: audio",
         ),
         ({"role": "user", "content": [3]}, "a message has a part that is not text: int"),
+        ({"role": "user", "content": [{"type": []}]}, "a message has a part that is not text: dict"),
         ({"role": "user", "content": {"parts": ["w1"]}}, "a message has a part that is not text: dict"),
         ({"role": "user", "content": 3}, "a message's content is int, not text"),
         ({"role": "user", "text": "w1"}, "a message of role user has no content"),

@@ -15,7 +15,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 USUAL_ROLES = {"system", "user", "assistant", "tool"}
 # What a message may hold in place of content.
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-_TEXT_PARTS = {"text", "input_text", "output_text", None}
+_TEXT_PARTS = ("text", "input_text", "output_text", None)  # a tuple: a kind may be of any type
 _LONGEST_JSON = 16 << 20  # characters of a conversation that is written as JSON
 # How Python, and numpy, print a conversation.
 _PRINTED = re.compile(r"\s*(\[\s*)?\{\s*'(role|from|content|value)'\s*:")
