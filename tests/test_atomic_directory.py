@@ -42,8 +42,6 @@ def text(target: Path) -> str:
 def test_publishing(tmp_path: Path) -> None:
     with AtomicDirectory(tmp_path / "a" / "b" / "out", overwrite=False) as output_dir:
         output_dir.write_json("config.json", {"text": "é"})
-        with pytest.raises(ValueError, match="not a plain file name"):
-            output_dir.write_json("../config.json", {})
         assert names(tmp_path / "a" / "b") == {".out.partial"}
         output_dir.publish()
     assert names(tmp_path / "a" / "b") == {"out"}
@@ -150,6 +148,7 @@ def test_killed_between_the_renames(tmp_path: Path) -> None:
     with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
         assert text(tmp_path / "out") == "old"
         assert text(output_dir.content) == "new"
+        output_dir.take_over(["config.json"])
         output_dir.publish()
     assert names(tmp_path) == {"out"}
     assert text(tmp_path / "out") == "new"
@@ -209,35 +208,85 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert text(tmp_path / "out") == "new"
 
 
-# --- side files -------------------------------------------------------------------------------------------
+# --- the comparison before the rename ---------------------------------------------------------------------
 
 
-def test_side_files(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (tmp_path / "secret").write_text("outside")
-    (source / "tokenizer.json").write_text("{}")
-    (source / "inner.txt").symlink_to("tokenizer.json")
-    (source / "outer.txt").symlink_to(tmp_path / "secret")
+def test_names_of_files(tmp_path: Path) -> None:
     with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
-        output_dir.write_json("config.json", {})
-        assert output_dir.copy(sorted(source.iterdir())) == ("outer.txt",)
+        for name in ("../x", "/x", "a/../../x", "a//x", ".", "", "a/"):
+            with pytest.raises(ValueError, match="not a name inside"):
+                output_dir.write(name, b"")
+        output_dir.write("templates/tool.jinja", b"inner")
         output_dir.publish()
-    out = tmp_path / "out"
-    assert names(out) == {"config.json", "tokenizer.json", "inner.txt"}
-    assert (out / "inner.txt").read_text() == "{}"
-    assert not (out / "inner.txt").is_symlink()
+    assert (tmp_path / "out" / "templates" / "tool.jinja").read_bytes() == b"inner"
+    assert names(tmp_path) == {"out"}
 
 
-def test_side_files_of_a_hub_cache(tmp_path: Path) -> None:
-    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--x" / "blobs").mkdir()
-    (tmp_path / "models--x" / "blobs" / "1234").write_text("vocabulary")
-    (snapshot / "vocab.txt").symlink_to("../../blobs/1234")
+def damage(folder: Path, what: str) -> None:
+    config = folder / "config.json"
+    if what == "a bit":
+        data = bytearray(config.read_bytes())
+        data[3] ^= 1
+        config.write_bytes(data)
+    elif what == "cut":
+        config.write_bytes(config.read_bytes()[:-1])
+    elif what == "longer":
+        config.write_bytes(config.read_bytes() + b"\n")
+    elif what == "gone":
+        config.unlink()
+    elif what == "a link":
+        config.rename(folder.parent / "moved")
+        config.symlink_to("../moved")
+    elif what == "a stray file":
+        (folder / "extra.pkl").write_bytes(b"x")
+    elif what == "a stray directory":
+        (folder / "extra").mkdir()
+    elif what == "a stray file inside":
+        (folder / "templates" / "extra.jinja").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "words"),
+    [
+        ("a bit", "config.json", "differs from what was written: check the disk"),
+        ("cut", "config.json", "differs from what was written"),
+        ("longer", "config.json", "differs from what was written"),
+        ("gone", "config.json", "is missing"),
+        ("a link", "config.json", "differs from what was written"),
+        ("a stray file", "extra.pkl", "none of the files that were written: take it away"),
+        ("a stray directory", "extra", "none of the files that were written"),
+        ("a stray file inside", "templates/extra.jinja", "none of the files that were written"),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_what_was_not_written_is_not_published(
+    what: str, name: str, words: str, old: bool, tmp_path: Path
+) -> None:
+    if old:
+        write(tmp_path / "out", "old")
+    with AtomicDirectory(tmp_path / "out", overwrite=True) as output_dir:
+        output_dir.write_json("config.json", {"text": "new"})
+        output_dir.write("templates/tool.jinja", b"inner")
+        damage(output_dir.content, what)
+        with pytest.raises(WorkError, match=f"^{name} .*{words}"):
+            output_dir.publish()
+    assert names(tmp_path) == ({"out"} if old else set())
+    assert not old or text(tmp_path / "out") == "old"
+
+
+def test_files_of_another_program_are_taken_over_as_they_are(tmp_path: Path) -> None:
     with AtomicDirectory(tmp_path / "out", overwrite=False) as output_dir:
-        assert output_dir.copy([snapshot / "vocab.txt"]) == ()
-        assert (output_dir.content / "vocab.txt").read_text() == "vocabulary"
+        (output_dir.content / "model.bin").write_bytes(b"x" * 3_000_000)
+        output_dir.take_over(["model.bin"])
+        output_dir.publish()
+    assert (tmp_path / "out" / "model.bin").stat().st_size == 3_000_000
+    with AtomicDirectory(tmp_path / "other", overwrite=True) as output_dir:
+        output_dir.write_json("config.json", {})
+        (output_dir.content / "model.bin").write_bytes(b"x" * 3_000_000)
+        output_dir.take_over(["model.bin"])
+        (output_dir.content / "model.bin").write_bytes(b"x" * 2_999_999 + b"y")
+        with pytest.raises(WorkError, match=r"model\.bin .* differs"):
+            output_dir.publish()
 
 
 # --- the target before the work ---------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def write(
     overwrite: bool = False,
     shard_bytes: int = 1 << 30,
     spoil: str = "",
-    side_files: list[Path] | None = None,
+    side_files: dict[str, bytes] | None = None,
     before_end: Callable[[CheckpointWriter], object] = lambda writer: None,
 ) -> CheckpointWriter:
     """Write, verify and publish; a step that an earlier run did is not done again."""
@@ -89,7 +89,8 @@ def write(
     with AtomicDirectory(target, overwrite=overwrite) as output_dir:
         with CheckpointWriter(output_dir, planned(found), FIRST, shard_bytes=shard_bytes) as writer:
             output_dir.write_json("config.json", CONFIG)
-            output_dir.copy(side_files or [])
+            for name, data in (side_files or {}).items():
+                output_dir.write(name, data)
             if len(writer.steps) < 4:
                 fill(writer, found, len(writer.steps))
             writer.wait()
@@ -351,14 +352,17 @@ def test_full_disk_surfaces_at_a_later_call(
 
 
 def test_full_disk_for_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    write_bytes = Path.write_bytes
 
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setattr("llm_quantize.io.atomic_directory.shutil.copyfile", copy)
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(WorkError, match="disk full at"):
-        write(tmp_path / "out", side_files=[tmp_path / "tokenizer.json"])
-    assert names(tmp_path) == {"tokenizer.json"}
+        write(tmp_path / "out", side_files={"tokenizer.json": b"{}"})
+    assert names(tmp_path) == set()
 
 
 def test_other_write_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

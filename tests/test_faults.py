@@ -154,7 +154,7 @@ def write(target: Path, side: Path) -> None:
             for number, planned in enumerate(PLAN):
                 writer.add(planned.name, torch.full(planned.shape, float(number), dtype=planned.dtype))
                 writer.commit({"step": number})
-            output_dir.copy([side])
+            output_dir.write(side.name, side.read_bytes())
             verify_written(writer, FORMATS["awq"], {})
         output_dir.publish()
 

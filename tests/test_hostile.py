@@ -12,6 +12,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,13 @@ from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError
 from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_MODEL
 from llm_quantize.io.hub import resolve_model
-from llm_quantize.io.untrusted import read_limited, without_paths
+from llm_quantize.io.machine_paths import without_paths
+from llm_quantize.io.untrusted import read_limited
 from llm_quantize.model.allocation_limit import AllocationLimit, TooLarge
 from llm_quantize.model.model_forward import embed
+from llm_quantize.model.pickled_weights import convert_pickles
 from llm_quantize.model.source import SourceModel
-from llm_quantize.model.weight_files import convert_pickles, tensor_files
+from llm_quantize.model.weight_files import tensor_files
 from llm_quantize.serving import checkpoint_files
 from llm_quantize.serving.cli import main as serving_main
 from llm_quantize.serving.refusal import Refusal
@@ -188,6 +192,138 @@ def test_pickled_weights(model: Path, mark: Path, tmp_path: Path, content: Any) 
         with pytest.raises(InputError, match="holds no weights by name"):
             convert_pickles(model, tmp_path / "converted")
     assert not mark.exists()
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+UNFOLDING: dict[str, tuple[Callable[[], Any], str]] = {
+    "expanded": (lambda: zeros(1).expand(1 << 20, 1 << 20), "x in .* is expanded"),
+    "expanded, of some size": (lambda: zeros(1000).expand(1000, 1000), "x in .* is expanded"),
+    "overlapping": (lambda: zeros(1000).as_strided((500, 500), (1, 1)), "x in .* is expanded"),
+    "sparse": (
+        lambda: torch.sparse_coo_tensor(torch.tensor([[0], [0]]), torch.ones(1), (1 << 20, 1 << 20)),
+        "x in .* is sparse",
+    ),
+    "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), "x in .* is sparse"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(zeros(4), 0.1, 0, torch.qint8),
+        "x in .* is no plain tensor",
+    ),
+    "on no device": (lambda: torch.empty(1 << 20, 1 << 20, device="meta"), "x in .* is no plain tensor"),
+    "complex": (lambda: torch.zeros(4, dtype=torch.complex64), "x in .* is of torch.complex64"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of kinds of tensors that PyTorch is about to drop
+@pytest.mark.parametrize("case", UNFOLDING)
+def test_a_pickled_tensor_that_unfolds(
+    case: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kilobyte must not become gigabytes."""
+    make, message = UNFOLDING[case]
+    (model / "model.safetensors").unlink()
+    torch.save({"fine": zeros(4), "x": make()}, model / "pytorch_model.bin")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=message):
+        convert_pickles(model, tmp_path / "converted")
+    words = ["--model_path", str(model), "--output_path", str(tmp_path / "out"), "--allow_pickle", *QUICK]
+    assert MAIN["gptq"]([*words, "--calib_data", str(EMBEDDED_CALIBRATION)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 19  # KiB
+
+
+def test_a_pickled_tensor_under_many_names(model: Path, tmp_path: Path) -> None:
+    """A tied head or layers that share weights are sound, a thousand names for the same bytes are not."""
+    (model / "model.safetensors").unlink()
+    shared = zeros(1000, 1000)
+    torch.save({"embedding": shared, "head": shared, "part": shared[:10]}, model / "pytorch_model.bin")
+    found = load_file(convert_pickles(model, tmp_path / "tied") / "model-00000.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "embedding": (1000, 1000),
+        "head": (1000, 1000),
+        "part": (10, 1000),
+    }
+    torch.save({f"name {i}": shared for i in range(1000)}, model / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin holds the same bytes under more than 4 names"):
+        convert_pickles(model, tmp_path / "many")
+
+
+def test_a_pickle_in_a_packed_archive(model: Path, tmp_path: Path) -> None:
+    (model / "model.safetensors").unlink()
+    torch.save({"x": zeros(1 << 20)}, tmp_path / "stored.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.bin") as stored,
+        zipfile.ZipFile(model / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    assert (model / "pytorch_model.bin").stat().st_size < 100_000
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a packed archive"):
+        convert_pickles(model, tmp_path / "converted")
+
+
+# --- a config that sends its reader elsewhere -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", [["config.4.0.0.json"], ["config.99.0.0.json"], [], None, "x", 3])
+def test_a_config_cannot_name_another_config(listed: Any, model: Path) -> None:
+    """transformers would read the other file, which nobody has checked."""
+    other = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (model / "config.4.0.0.json").write_text(json.dumps(other))
+    edit(model / "config.json", configuration_files=listed)
+    refused(
+        model,
+        r"^config\.json sends its reader to other files \(configuration_files\): put the one that is meant",
+    )
+
+
+def test_another_config_without_the_key_is_not_read(model: Path) -> None:
+    (model / "config.4.0.0.json").write_text("{}")
+    assert SourceModel.open(model).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("named", ["other.safetensors", "../x.safetensors", ["a"], 3, ""])
+def test_a_config_cannot_name_other_weights(named: Any, model: Path) -> None:
+    edit(model / "config.json", transformers_weights=named)
+    refused(model, r"^config\.json names its weights \(transformers_weights: ")
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("value", [{"quant_method": "awq"}, {}, "awq", 3, ["gptq"]])
+@pytest.mark.parametrize("inside", [None, "text_config", "llm_config", "language_config"])
+def test_a_quantized_source_however_it_says_so(key: str, value: Any, inside: str | None, model: Path) -> None:
+    edit(model / "config.json", **({key: value} if inside is None else {inside: {key: value}}))
+    refused(model, "is already quantized")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{outside}",
+        "../../../../../../../../..{outside}",
+        "../tokenizer.0.0.1.json",
+        "a/tokenizer.0.0.1.json",
+        3,
+    ],
+)
+def test_a_tokenizers_config_cannot_name_another_tokenizer(name: Any, model: Path, tmp_path: Path) -> None:
+    """By `fast_tokenizer_files` transformers chooses among files of the directory, and of no other."""
+    outside = shutil.copy(model / "tokenizer.json", tmp_path / "tokenizer.0.0.1.json")
+    (model / "a").mkdir()
+    shutil.copy(outside, model / "a")
+    listed = [name.format(outside=outside) if isinstance(name, str) else name]
+    edit(model / "tokenizer_config.json", fast_tokenizer_files=listed)
+    refused(model, r"^tokenizer_config\.json names a file that is not beside it: ")
+
+
+def test_a_tokenizers_config_may_name_one_of_its_directory(model: Path) -> None:
+    before = SourceModel.open(model).tokenizer("some words")["input_ids"]
+    (model / "tokenizer.json").rename(model / "tokenizer.0.0.1.json")
+    (model / "tokenizer.json").write_text("{}")
+    edit(model / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.json", "tokenizer.0.0.1.json"])
+    assert SourceModel.open(model).tokenizer("some words")["input_ids"] == before
 
 
 # --- files that are not the directory's own -------------------------------------------------------------------
@@ -398,6 +534,30 @@ def test_a_header_that_lies_is_refused(lie: str, model: Path) -> None:
     if lie != "an unknown type":  # left to vLLM, which reads with the library
         with pytest.raises(Refusal, match="is not a whole safetensors file"):
             checkpoint_files.read_tensors(model)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 2**63), (2**63, 0), (0, 2**64 - 1), (0, 2**40, 2**40), (2**32, 0, 2**32), (1,) * 65, (0,) * 10_000],
+    ids=str,
+)
+def test_a_shape_that_no_tensor_has(shape: tuple[int, ...], model: Path) -> None:
+    """With a size of 0, or of 1 alone, its bytes are as many as the header says, and the library takes it."""
+    count = 4 * int(0 not in shape)
+    (model / "model.safetensors").write_bytes(file_of(header(a=entry(0, count, shape)), count))
+    refused(
+        model,
+        r"model\.safetensors is damaged \(no tensor has a shape such as that of a\): download the model again",
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2000])
+def test_a_shape_of_numbers_without_end(count: int, model: Path) -> None:
+    numbers = b"[" + b",".join([b"9" * 4000] * count) + b"]"
+    (model / "model.safetensors").write_bytes(file_of(header(a=entry(0, 0, ())).replace(b"[]", numbers), 0))
+    start = time.process_time()
+    refused(model, "model.safetensors is damaged")
+    assert time.process_time() - start < 5
 
 
 def test_a_header_of_gigabytes_is_not_read(model: Path) -> None:

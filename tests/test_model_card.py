@@ -32,7 +32,9 @@ from models import FAMILIES, write
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: Any) -> model_card.CardFacts:
+def facts(
+    config: QuantizeConfig, base_card: bytes | None = b"# A card", **changes: Any
+) -> model_card.CardFacts:
     """Make the facts of a checkpoint that `config` asks for."""
     layers = [
         LayerReport(f"model.layers.{i}.mlp.{kind}", 0.01 * (i + 1), 0.1, 0, None, None, 0.5 + i)
@@ -49,7 +51,7 @@ def facts(config: QuantizeConfig, directory: Path = EMBEDDED_MODEL, **changes: A
         base_model=base_model,
         on_hub="/" in base_model,
         command=" ".join(config.command()),
-        directory=directory,
+        base_card=base_card,
         source_bytes=4 << 20,
         quantized_bytes=1 << 20,
         architecture="LlamaForCausalLM",
@@ -223,19 +225,13 @@ def test_a_path_into_the_cache_is_its_hub_id(tmp_path: Path, runs: Runs) -> None
     ],
 )
 def test_license(tmp_path: Path, readme: str, expected: dict[str, Any]) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "README.md").write_text(readme, encoding="utf-8")
-    text, metadata, _ = make(tmp_path / "out", facts(config(), source))
+    text, metadata, _ = make(tmp_path / "out", facts(config(), readme.encode()))
     assert {key: metadata[key] for key in model_card.LICENSE_KEYS if key in metadata} == expected
-    assert (tmp_path / "out" / model_card.BASE_CARD).read_text("utf-8") == readme
     assert f"({model_card.BASE_CARD})" in text
 
 
 def test_without_a_card_of_the_source(tmp_path: Path) -> None:
-    (tmp_path / "source").mkdir()
-    text, metadata, _ = make(tmp_path / "out", facts(config(), tmp_path / "source"))
-    assert not (tmp_path / "out" / model_card.BASE_CARD).exists()
+    text, metadata, _ = make(tmp_path / "out", facts(config(), None))
     assert model_card.BASE_CARD not in text
     assert "license" not in metadata
 

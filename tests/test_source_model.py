@@ -35,9 +35,9 @@ from llm_quantize.io.untrusted import read_json
 from llm_quantize.model.block_forward import MicroBatch, capture_inputs, distinct_inputs, replay
 from llm_quantize.model.config_file import examine_config, with_old_rope_keys
 from llm_quantize.model.model_forward import embed, output_head
-from llm_quantize.model.side_files import SideFiles
+from llm_quantize.model.pickled_weights import convert_pickles
 from llm_quantize.model.source import SourceModel
-from llm_quantize.model.weight_files import convert_pickles, tensor_files
+from llm_quantize.model.weight_files import tensor_files
 from models import CPU, FAMILIES, VOCABULARY, tokens, write
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
@@ -190,9 +190,10 @@ def test_names_without_the_base_models_prefix(family: str, tmp_path: Path) -> No
 def test_embedded_model_opens() -> None:
     model = SourceModel.open(EMBEDDED_MODEL)
     assert model.dtype == torch.float16
-    side_files = SideFiles(EMBEDDED_MODEL).list()
-    assert {p.name for p in side_files} >= {"tokenizer.json", "generation_config.json", "LICENSE"}
-    assert not any(p.suffix == ".safetensors" or p.name == "config.json" for p in side_files)
+    published = dict(model.side_files.published())
+    assert published.keys() >= {"tokenizer.json", "generation_config.json", "LICENSE"}
+    assert not any(name.endswith(".safetensors") or name == "config.json" for name in published)
+    assert published["LICENSE"] == (EMBEDDED_MODEL / "LICENSE").read_bytes()
     ids = torch.tensor([model.tokenizer("This module provides a class")["input_ids"]])
     expected = transformers_logits(EMBEDDED_MODEL, ids)
     torch.testing.assert_close(blockwise_logits(model, ids), expected, rtol=1e-4, atol=1e-4)
@@ -374,7 +375,7 @@ def test_pickles_converted(
     (directory / "model.safetensors").unlink()
     torch.save(dict(list(tensors.items())[::2]), directory / "pytorch_model-1.bin")
     torch.save(dict(list(tensors.items())[1::2]), directory / "pytorch_model-2.bin")
-    model = SourceModel.open(convert_pickles(directory, tmp_path / "converted"))
+    model = SourceModel.open(directory, weights=convert_pickles(directory, tmp_path / "converted"))
     assert_agreement(model, saved("llama"))
 
 

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llm_quantize.model.awq_mappings import AWQMapping, find_mappings, scale_count, smooth_block
-from llm_quantize.model.side_files import SideFiles
 from llm_quantize.model.source import SourceModel
 
 
@@ -55,9 +54,10 @@ def write_with_outliers(
     save_file(
         {k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"}
     )
-    with SideFiles(model) as side_files:
-        for file in [*side_files.list(), model / "config.json"]:
-            shutil.copyfile(file, out / file.name)
+    for name, content in source.side_files.published():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    shutil.copyfile(model / "config.json", out / "config.json")
 
 
 def main() -> int:

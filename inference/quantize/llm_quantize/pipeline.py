@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import resource
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,10 +37,11 @@ from llm_quantize.evaluation.perplexity import Measured, measure
 from llm_quantize.evaluation.sample import sample
 from llm_quantize.io.atomic_directory import AtomicDirectory
 from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_NAME
+from llm_quantize.io.escaping import shell_word
 from llm_quantize.io.journal import Journal
+from llm_quantize.io.manifest import files_below
 from llm_quantize.io.shown_names import shown_name
 from llm_quantize.model.block_forward import MicroBatch
-from llm_quantize.model.side_files import SideFiles
 from llm_quantize.preparation import Prepared, make_solver, prepare, stored_dtype
 from llm_quantize.timing import StageTimes
 from llm_quantize.types import Method
@@ -158,7 +158,7 @@ def quantize(config: QuantizeConfig, console: Console | None = None) -> Result:
 def serve_line(config: QuantizeConfig) -> str:
     """The command that serves the result: the tree's script, or vLLM itself where the program is installed."""
     script = "./run_vllm.sh" if (ROOT / "run_vllm.sh").is_file() else "vllm serve"
-    return f"{script} {shlex.quote(str(config.target))}{config.checkpoint_format.serve_flag}"
+    return f"{script} {shell_word(str(config.target))}{config.checkpoint_format.serve_flag}"
 
 
 # -- before the work
@@ -241,8 +241,8 @@ def _write_natively(run: _Run) -> _Written:
     plan = ExecutionPlan(batch, storage, first["in_order"])
     with CheckpointWriter(run.output, planned_tensors(context), first, keep=not config.no_resume) as writer:
         run.output.write_json("config.json", config_json(context))
+        _write_side_files(run)
         quantize_blocks(context, run.windows.tokens, writer, plan)
-        _copy_side_files(run, keep_existing=False)
         settings = quantization_settings(context)
         with run.times.stage("reading back"):
             verify_written(writer, form, settings, device.torch)
@@ -282,6 +282,9 @@ def _write_by_library(run: _Run, session: Session) -> _Written:
     with run.console.blocks(len(model.blocks)) as progress:
         outcome = session.quantize(job, progress)
     run.times.seconds |= outcome.seconds
+    run.output.make_durable()
+    written = [path.relative_to(run.output.content).as_posix() for path in files_below(run.output.content)]
+    run.output.take_over(written)  # what is published is what is checked now
     with run.times.stage("reading back"):
         tensor_bytes = verify_external(
             run.output.content,
@@ -291,23 +294,24 @@ def _write_by_library(run: _Run, session: Session) -> _Written:
             library.title,
             trust_remote_code=config.trust_remote_code,
         )
-    run.output.make_durable()
-    _copy_side_files(run, keep_existing=True)
+    _write_side_files(run)
     return _Written(tensor_bytes, outcome.device_bytes, outcome.host_bytes, session.versions, library)
 
 
-def _copy_side_files(run: _Run, *, keep_existing: bool) -> None:
-    """Copy what lies beside the source's weights. keep_existing: files that a library wrote itself stay.
+def _write_side_files(run: _Run) -> None:
+    """Write what lies beside the source's weights, as it was when the run began; the source's card as `BASE_CARD`.
 
-    What an interrupted run left may be cut off, and is replaced.
+    Files that a library wrote itself stay.
     """
-    with SideFiles(run.prepared.model.directory) as side_files:
-        files = [path for path in side_files.list() if path.name not in OWN_FILES]
-        if keep_existing:
-            files = [path for path in files if not (run.output.content / path.name).exists()]
-        skipped = run.output.copy(files)
-    if skipped:
-        run.console.warn(f"links that lead out of the model's directory are left out: {', '.join(skipped)}")
+    files = run.prepared.model.side_files
+    for name, content in files.published():
+        if name == model_card.CARD:
+            name = model_card.BASE_CARD
+        elif name in OWN_FILES:
+            continue
+        if name not in run.output.manifest:
+            run.output.write(name, content)
+    files.release()
 
 
 # -- after the work
@@ -349,8 +353,8 @@ def _describe(run: _Run, written: _Written, measured: Measured | None) -> None:
         format=form,
         base_model=base_model,
         on_hub=config.model_path is not None and "/" in base_model,
-        command=" ".join(word if word.startswith("--") else shlex.quote(word) for word in config.command()),
-        directory=model.directory,
+        command=" ".join(map(shell_word, config.command())),
+        base_card=model.side_files.card,
         source_bytes=model.file_bytes,
         quantized_bytes=sum(file.stat().st_size for file in run.output.content.glob("*.safetensors")),
         architecture=type(model.skeleton).__name__,

@@ -19,8 +19,9 @@ from llm_quantize.io.atomic_directory import check_target
 from llm_quantize.io.embedded_files import EMBEDDED_MODEL
 from llm_quantize.io.hub import resolve_model
 from llm_quantize.model.awq_mappings import find_mappings
+from llm_quantize.model.pickled_weights import convert_pickles
 from llm_quantize.model.source import SourceModel
-from llm_quantize.model.weight_files import Scratch, convert_pickles
+from llm_quantize.model.weight_files import Scratch
 from llm_quantize.solver.awq import AWQSolver
 from llm_quantize.solver.base import Solver
 from llm_quantize.solver.gptq import GPTQSolver
@@ -50,7 +51,15 @@ def prepare(
     """
     directory, scratch = _model_directory(config, console)
     with naming_packages(directory):
-        model = SourceModel.open(directory, trust_remote_code=config.trust_remote_code, on_config=on_config)
+        model = SourceModel.open(
+            directory,
+            weights=None if scratch is None else scratch.path,
+            trust_remote_code=config.trust_remote_code,
+            on_config=on_config,
+            warn=console.warn,
+        )
+    if (line := model.side_files.left_out_line) is not None:
+        console.warn(line)
     store_dtype = stored_dtype(model.dtype)
     solver = make_solver(config, store_dtype)
     _check_shapes(config, model, solver.scheme)
@@ -99,7 +108,7 @@ def make_solver(
 
 
 def _model_directory(config: QuantizeConfig, console: Console) -> tuple[Path, Scratch | None]:
-    """The directory of the model, fetched or converted where it has to be."""
+    """The directory of the model, fetched where it has to be, and pickled weights converted."""
     if config.model_path is None:
         return EMBEDDED_MODEL, None
     directory = resolve_model(
@@ -110,7 +119,8 @@ def _model_directory(config: QuantizeConfig, console: Console) -> tuple[Path, Sc
     )
     if config.allow_pickle and not any(directory.glob("*.safetensors")):
         scratch = Scratch()
-        return convert_pickles(directory, scratch.path), scratch
+        convert_pickles(directory, scratch.path)
+        return directory, scratch
     return directory, None
 
 
@@ -137,7 +147,7 @@ def _check_target(config: QuantizeConfig, model: SourceModel) -> None:
         for linear in model.linears(index)
     )
     others = model.file_bytes - weights * model.dtype.itemsize
-    needed = int(weights * (config.bits + 0.5) / 8) + max(others, 0)
+    needed = int(weights * (config.bits + 0.5) / 8) + max(others, 0) + model.side_files.total_bytes
     check_target(config.target, config.may_replace, needed, model.directory)
 
 

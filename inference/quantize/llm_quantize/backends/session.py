@@ -28,10 +28,10 @@ from llm_quantize.backends.registry import Library
 from llm_quantize.backends.scripts.child import Job as Job  # callers take it from here
 from llm_quantize.console import Blocks, Console
 from llm_quantize.errors import InputError, WorkError, one_line
+from llm_quantize.io.json_text import as_json
 from llm_quantize.io.untrusted import read_json
 from llm_quantize.model.config_file import with_old_rope_keys
 from llm_quantize.model.source import SourceModel
-from llm_quantize.model.weight_files import WEIGHT_SUFFIXES
 
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
 COMMAND = ("uv", "run", "--script")
@@ -166,18 +166,22 @@ class Session:
         return file
 
     def model(self, source: SourceModel, *, trust: bool) -> Path:
-        """A directory of links to the files of `source`, as this library is to see them.
+        """A directory of the files of `source`, as this library is to see them: links to weights, and side files.
 
-        Weights other than safetensors and adapters stay out, and so does the model's own code unless `trust`: AutoGPTQ
-        runs what `auto_map` names without being told to. An older library gets an older config.json.
+        The model's own code stays out unless `trust`: AutoGPTQ runs what `auto_map` names without being told to. An
+        older library gets an older config.json.
         """
         assert self._scratch is not None
         view = Path(self._scratch.name) / "model"
-        view.mkdir()
-        for path in source.directory.iterdir():
-            hidden = path.suffix in WEIGHT_SUFFIXES - {".safetensors"} or path.name == "adapter_config.json"
-            if path.is_file() and not hidden and (trust or path.suffix != ".py"):
-                (view / path.name).symlink_to(path.resolve())
+        shutil.copytree(
+            source.side_files.path, view, ignore=None if trust else shutil.ignore_patterns("*.py")
+        )
+        weights = set(source.store.files.values())
+        for path in weights:
+            (view / path.name).symlink_to(path.resolve())
+        if {path.name for path in weights} != {"model.safetensors"}:
+            weight_map = {name: path.name for name, path in source.store.files.items()}
+            _write_json(view / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
         for name in ("config.json", "tokenizer_config.json"):
             if not (view / name).exists():
                 continue
@@ -186,8 +190,7 @@ class Session:
                 content.pop("auto_map", None)
             if name == "config.json" and self.library.old_reader:
                 content = older_config(content, self.library.title)
-            (view / name).unlink()
-            (view / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            _write_json(view / name, content)
         return view
 
     # -- errors and the end
@@ -232,6 +235,10 @@ class Session:
             self._scratch = None
         if self._log is not None and not self._keep:
             self._log.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(as_json(content), encoding="utf-8")
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -128,7 +128,7 @@ def quantization_settings(context: RunContext) -> dict[str, Any]:
 
 def config_json(context: RunContext) -> dict[str, Any]:
     """The source's config with what was done to it."""
-    raw = published_config(context.model.directory)
+    raw = published_config(context.model.raw_config, context.model.directory)
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(context.store_dtype).removeprefix("torch.")
     raw["quantization_config"] = quantization_settings(context)
     return raw

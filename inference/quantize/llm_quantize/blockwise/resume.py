@@ -18,7 +18,8 @@ from llm_quantize.model.source import SourceModel
 Identity = dict[str, str | int | float]
 
 # What stands for much: only that it differs is said.
-DIGESTS = ("the program", "the model's config", "the model's weights", "the calibration text")
+DIGESTS = ("the program", "the model's weights", "the calibration text")
+_FILE = "the model's file "  # and its name
 
 
 def run_identity(options: Identity, model: SourceModel, device: Device, text_fingerprint: str) -> Identity:
@@ -30,7 +31,7 @@ def run_identity(options: Identity, model: SourceModel, device: Device, text_fin
     return {
         "the program": _program_digest(),
         "the device": device.name,
-        "the model's config": xxhash.xxh3_128_hexdigest((model.directory / "config.json").read_bytes()),
+        **{_FILE + name: digest for name, digest in model.side_files.digests.items()},
         "the model's weights": _weights_digest(model),
         "the calibration text": text_fingerprint,
         **options,
@@ -89,6 +90,6 @@ def _differences(kept: dict[str, Any], here: Identity) -> str:
         old, new = kept.get(name), here.get(name)
         if old == new:
             continue
-        shown = name not in DIGESTS and old is not None and new is not None
+        shown = not name.startswith((*DIGESTS, _FILE)) and old is not None and new is not None
         words.append(f"{name} ({old} there, {new} here)" if shown else name)
     return ", ".join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llm_quantize.checkpoint.reader import QuantizedStore
-from llm_quantize.errors import InputError, WorkError
+from llm_quantize.errors import InputError, WorkError, one_line
 from llm_quantize.formats.base import CheckpointFormat
+from llm_quantize.io.manifest import files_below
 from llm_quantize.model.names import HEAD_NAMES
 from llm_quantize.model.source import SourceModel
 from llm_quantize.model.weight_files import tensor_files
@@ -29,6 +31,14 @@ _FREE = {
 }
 
 
+# What libraries write beside the weights.
+_SIDE_FILES = re.compile(
+    r"(config|generation_config|quantize_config|quant_config|quantization_config|tokenizer|tokenizer_config|vocab|"
+    r"special_tokens_map|added_tokens|chat_template|\w*processor_config|model\.safetensors\.index)\.json|"
+    r"quant_log\.csv|(vocab|merges)\.txt|[\w.-]+\.(model|jinja|tiktoken)|README\.md"
+)
+
+
 def verify_external(
     directory: Path,
     source: SourceModel,
@@ -42,7 +52,8 @@ def verify_external(
 
     Every linear of every block must be there in the format `form`, with the shapes that it has, and every other tensor
     of the source with its own shape, a tied output head alone left free; nothing else but biases of zeros; all of it
-    finite; and config.json must describe the same model. by: the program that wrote it. Raises WorkError.
+    finite; and config.json must describe the same model. Beside the weights there may be what libraries write, and side
+    files of the source; no links. by: the program that wrote it. Raises WorkError.
     """
     try:
         stored = QuantizedStore(directory)
@@ -77,6 +88,13 @@ def verify_external(
         except SafetensorError as error:
             raise WorkError(f"{file.name} by {by} cannot be read back: {error}") from None
     _check_config(directory, source, by, trust_remote_code)
+    for path in files_below(directory):
+        name = path.relative_to(directory).as_posix()
+        known = path in files.values() or name in source.side_files.digests or _SIDE_FILES.fullmatch(name)
+        if not known or path.is_symlink():
+            raise WorkError(
+                f"{by} wrote {one_line(name, 100)}, which is no file of a checkpoint: nothing is published"
+            )
     return total
 
 

@@ -28,7 +28,8 @@ def verify_written(
     """Wait for all writes, read every file back, compare it with what was handed in, and make it durable.
 
     Every tensor must have its digest and finite values. The layers that were remembered are unpacked on `device`, as
-    `settings` (the published `quantization_config`) says. Raises WorkError.
+    `settings` (the published `quantization_config`) says. From then on the atomic directory knows what it must publish.
+    Raises WorkError.
     """
     writer.wait()
     missing = set(writer.planned) - set(writer.digests)
@@ -46,6 +47,7 @@ def verify_written(
         fsync_path(writer.directory)
     except OSError as error:
         raise write_error(error, writer.directory.parent) from None
+    writer.settle()
 
 
 def _read_shard(writer: CheckpointWriter, shard: ShardFile) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch import Tensor
 from llm_quantize.checkpoint.background import BackgroundWriter
 from llm_quantize.errors import WorkError
 from llm_quantize.io import safetensors_files
-from llm_quantize.io.atomic_directory import GIB, AtomicDirectory, as_json, fsync_path, write_error
+from llm_quantize.io.atomic_directory import GIB, AtomicDirectory, fsync_path, write_error
 from llm_quantize.io.journal import Journal
+from llm_quantize.io.json_text import as_json
+from llm_quantize.io.manifest import Part, whole
 from llm_quantize.io.safetensors_files import PlannedTensor, ShardFile
 
 INDEX = "model.safetensors.index.json"
@@ -27,9 +30,13 @@ INDEX = "model.safetensors.index.json"
 
 def digest(host: Tensor) -> str:
     """A 128-bit hash, in hex, of dtype, shape and bytes of a contiguous tensor in host memory."""
-    hasher = xxhash.xxh3_128(f"{host.dtype} {tuple(host.shape)}".encode())
+    hasher = xxhash.xxh3_128(_prefix(host.dtype, tuple(host.shape)))
     hasher.update(safetensors_files.raw_bytes(host))
     return hasher.hexdigest()
+
+
+def _prefix(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype} {shape}".encode()
 
 
 class CheckpointWriter:
@@ -102,7 +109,7 @@ class CheckpointWriter:
             self._output.clear()
             self._handles = [safetensors_files.create(shard, self.directory) for shard in self.shards]
             if len(self.shards) > 1:
-                (self.directory / INDEX).write_text(self._index(), encoding="utf-8")
+                self._output.write(INDEX, self._index().encode())
             for path in (*self.directory.iterdir(), self.directory):
                 fsync_path(path)
             self._journal.keep(0)
@@ -112,6 +119,10 @@ class CheckpointWriter:
                 os.open(self.directory / shard.file, os.O_RDWR | os.O_CLOEXEC) for shard in self.shards
             ]
             self._journal.keep(done)
+            # Side files that an earlier start wrote are written again, as the source has them now.
+            self._output.keep_only({INDEX, *(shard.file for shard in self.shards)})
+            if len(self.shards) > 1:
+                self._output.manifest.add(INDEX, whole(self._index().encode()))
         for handle, shard in zip(self._handles, self.shards, strict=True):
             self._places |= {name: (handle, offset) for name, offset in shard.offsets.items()}
         self.steps = [entry["data"] for entry in self._journal.entries[1:]]
@@ -144,9 +155,7 @@ class CheckpointWriter:
                 if file.read(len(shard.header)) != shard.header:
                     return False
         index = self.directory / INDEX
-        return len(self.shards) == 1 or (
-            index.is_file() and index.read_text(encoding="utf-8") == self._index()
-        )
+        return len(self.shards) == 1 or (index.is_file() and index.read_bytes() == self._index().encode())
 
     def _stored_digest(self, name: str, file: str) -> str | None:
         try:
@@ -217,6 +226,16 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when everything handed in is written."""
         self._background.wait()
+
+    def settle(self) -> None:
+        """Say, when all tensors are written, what `publish` must find in every file: what was handed in."""
+        self.wait()
+        for shard in self.shards:
+            parts = list(whole(shard.header))
+            for name in sorted(shard.offsets, key=lambda name: shard.offsets[name]):
+                planned = self.planned[name]
+                parts.append(Part(planned.nbytes, self.digests[name], _prefix(planned.dtype, planned.shape)))
+            self._output.manifest.add(shard.file, parts)
 
     def _write(self, name: str, host: Tensor) -> None:
         handle, offset = self._places[name]

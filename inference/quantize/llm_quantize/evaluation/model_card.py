@@ -7,18 +7,18 @@ full, a local path by its last part. The source's own README.md is kept as BASE_
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from llm_quantize.blockwise.layer_report import LayerReport
 from llm_quantize.calibration.windows import Windows
 from llm_quantize.evaluation.error_plot import plot_errors
+from llm_quantize.evaluation.front_matter import read_front_matter
 from llm_quantize.evaluation.perplexity import Measured
 from llm_quantize.formats.base import CheckpointFormat
+from llm_quantize.io.escaping import markdown_code, markdown_text, shell_word, yaml_value
+from llm_quantize.io.json_text import as_json
 from llm_quantize.types import METHODS, WHOLE_ROW, Method, QuantScheme
 from llm_quantize.version import __version__
 
@@ -38,7 +38,8 @@ class CardFacts:
     """All that is said of a checkpoint. Names are as others may see them.
 
     base_model: without its revision. on_hub: whether that is a hub id. command: that makes it again.
-    directory: the source's. source_bytes, quantized_bytes: of the files of weights. architecture: the model's class.
+    base_card: the beginning of the source's card, which holds its front matter; None where it has none.
+    source_bytes, quantized_bytes: of the files of weights. architecture: the model's class.
     repeats_head: whether the file holds a tied output head twice, or the model has none.
     backend, library, library_versions: what did the work; the last two are None where this program did.
     quality, damping: of this program's work. vllm_refusal: why vLLM refuses it.
@@ -53,7 +54,7 @@ class CardFacts:
     base_model: str
     on_hub: bool
     command: str
-    directory: Path
+    base_card: bytes | None
     source_bytes: int
     quantized_bytes: int
     architecture: str
@@ -81,16 +82,13 @@ class CardFacts:
 
 
 def card_files(facts: CardFacts) -> dict[str, bytes]:
-    """Those of `OWN` that there are, by name."""
+    """Those of `OWN` that there are, by name, but for `BASE_CARD`, which is copied with the source's other files."""
     report = _report(facts)
-    found = {REPORT: (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()}
-    base = facts.directory / CARD
-    if base.is_file():
-        found[BASE_CARD] = base.read_bytes()
+    found = {REPORT: as_json(report).encode()}
     picture = plot_errors(facts.layers) if facts.layers else None
     if picture is not None:
         found[PLOT] = picture
-    text = "".join(_card(facts, report, BASE_CARD in found, picture is not None))
+    text = "".join(_card(facts, report, picture is not None))
     return found | {CARD: text.encode()}
 
 
@@ -176,22 +174,22 @@ def _warnings(facts: CardFacts) -> Iterator[str]:
 # -- the card
 
 
-def _card(facts: CardFacts, report: dict[str, Any], kept: bool, plotted: bool) -> Iterator[str]:
+def _card(facts: CardFacts, report: dict[str, Any], plotted: bool) -> Iterator[str]:
     scheme, base = facts.scheme, facts.base_model
     yield "---\n"
     for key, value in _metadata(facts).items():
-        yield f"{key}: {json.dumps(value, ensure_ascii=False)}\n"  # JSON is YAML, and needs no escapes of its own
+        yield f"{key}: {yaml_value(value)}\n"
     yield "---\n"
-    yield f"# {facts.title}\n\n"
-    linked = f"[{base}](https://huggingface.co/{base})" if facts.on_hub else f"`{base}`"
+    yield f"# {markdown_text(facts.title)}\n\n"
+    linked = f"[{base}](https://huggingface.co/{base})" if facts.on_hub else markdown_code(base)
     group = "whole rows" if scheme.group_size == WHOLE_ROW else f"groups of {scheme.group_size}"
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     work = "" if facts.library is None else f" with {facts.library}"
     yield (
-        f"{linked} ({facts.architecture}) quantized to {scheme.bits} bits by {METHODS[facts.method]}{work}: "
-        f"{kind}, {group}, in {facts.format.title}.\n"
+        f"{linked} ({markdown_text(facts.architecture)}) quantized to {scheme.bits} bits by "
+        f"{METHODS[facts.method]}{work}: {kind}, {group}, in {facts.format.title}.\n"
     )
-    if kept:
+    if facts.base_card is not None:
         yield f"What its authors say of the model is in [{BASE_CARD}]({BASE_CARD}), unchanged.\n"
     yield "\n## Measured\n" + _measured(facts, report)
     yield "\n## Use\n" + _use(facts)
@@ -199,11 +197,11 @@ def _card(facts: CardFacts, report: dict[str, Any], kept: bool, plotted: bool) -
     if facts.layers:
         yield "\n## Layers\n" + _layers(facts, plotted)
     if report["warnings"]:
-        yield "\n## Warnings\n" + "".join(f"- {line}\n" for line in report["warnings"])
+        yield "\n## Warnings\n" + "".join(f"- {markdown_text(line)}\n" for line in report["warnings"])
 
 
 def _metadata(facts: CardFacts) -> dict[str, Any]:
-    own = _source_metadata(facts.directory / CARD)
+    own = read_front_matter(facts.base_card or b"", LICENSE_KEYS)
     tags = [facts.method, facts.format.name, f"{facts.scheme.bits}-bit", "quantized"]
     if facts.vllm_refusal is None:
         tags.append("vllm")
@@ -216,16 +214,6 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
         **{key: own[key] for key in LICENSE_KEYS if _plain(own.get(key))},
         "tags": list(dict.fromkeys(tags)),
     }
-
-
-def _source_metadata(readme: Path) -> dict[str, Any]:
-    """The metadata of the source's card; none where there is no card, or none that can be read."""
-    from huggingface_hub import metadata_load
-
-    try:
-        return metadata_load(readme) or {}
-    except Exception:  # whatever its author wrote there is no reason to lose a checkpoint
-        return {}
 
 
 def _plain(value: object) -> bool:
@@ -243,7 +231,11 @@ def _measured(facts: CardFacts, report: dict[str, Any]) -> str:
         rows.append(("KL divergence to the source, nats a token", "0", f"{found.kl:.5f}"))
         rows.append(("same likeliest token", "100 %", f"{100 * found.agreement:.2f} %"))
         shipped = facts.eval_data == "auto"
-        text = "the short neutral text that ships with llm-quantize" if shipped else f"`{facts.eval_data}`"
+        text = (
+            "the short neutral text that ships with llm-quantize"
+            if shipped
+            else markdown_code(facts.eval_data)
+        )
         said = f"\nOver {found.tokens:,} tokens of {text}, computed from the files of this checkpoint.\n"
     return (
         "| | source | this |\n|---|---|---|\n" + "".join(f"| {a} | {b} | {c} |\n" for a, b, c in rows) + said
@@ -254,7 +246,7 @@ def _use(facts: CardFacts) -> str:
     parts = []
     if facts.vllm_refusal is None:
         parts.append(
-            f"```\n./run_vllm.sh ./{shlex.quote(facts.title)}{facts.format.serve_flag}\n```\n"
+            f"```\n./run_vllm.sh ./{shell_word(facts.title)}{facts.format.serve_flag}\n```\n"
             "serves it with vLLM (the script comes with llm-quantize; `vllm serve` takes it too).\n"
         )
     else:
@@ -268,7 +260,11 @@ def _use(facts: CardFacts) -> str:
 
 def _made(facts: CardFacts, report: dict[str, Any]) -> str:
     calibration = report["calibration"]
-    text = "the text that comes with the model" if facts.own_calibration_text else f"`{calibration['data']}`"
+    text = (
+        "the text that comes with the model"
+        if facts.own_calibration_text
+        else markdown_code(calibration["data"])
+    )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     solving = ""
     if report["damping"] is not None:
@@ -287,6 +283,10 @@ def _made(facts: CardFacts, report: dict[str, Any]) -> str:
 def _layers(facts: CardFacts, plotted: bool) -> str:
     worst = sorted(facts.layers, key=lambda each: -each.error)[:WORST]
     table = "| worst layers | relative output error |\n|---|---|\n" + "".join(
-        f"| `{each.name}` | {each.error:.2e} |\n" for each in worst
+        f"| {_in_table(markdown_code(each.name))} | {each.error:.2e} |\n" for each in worst
     )
     return table + (f"\n![relative output error of every layer]({PLOT})\n" if plotted else "")
+
+
+def _in_table(text: str) -> str:
+    return text.replace("|", "\\|")

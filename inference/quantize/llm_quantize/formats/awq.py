@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
 from llm_quantize.formats.base import CheckpointFormat, StoredSettings, TensorSpec, Unpacked
+from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import Method, QuantScheme
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class AWQFormat(CheckpointFormat):
             *super().loading_code(path, symmetric=symmetric, whole=whole),
             "# AutoAWQ",
             "from awq import AutoAWQForCausalLM",
-            f'model = AutoAWQForCausalLM.from_quantized("{path}", fuse_layers=False)',
+            f"model = AutoAWQForCausalLM.from_quantized({python_literal(path)}, fuse_layers=False)",
         ]
 
 

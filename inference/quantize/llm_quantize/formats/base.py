@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llm_quantize.errors import InputError
+from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import WHOLE_ROW, Method, QuantScheme
 
 if TYPE_CHECKING:
@@ -183,5 +184,5 @@ class CheckpointFormat(ABC):
         return [
             f"# transformers, with {self.transformers_needs}",
             "from transformers import AutoModelForCausalLM",
-            f'model = AutoModelForCausalLM.from_pretrained("{path}", device_map="auto")',
+            f'model = AutoModelForCausalLM.from_pretrained({python_literal(path)}, device_map="auto")',
         ]

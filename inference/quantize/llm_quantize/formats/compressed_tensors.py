@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
 from llm_quantize.formats.base import CheckpointFormat, StoredSettings, TensorSpec, Unpacked
+from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import WHOLE_ROW, Method, QuantScheme
 
 if TYPE_CHECKING:
@@ -155,5 +156,5 @@ class CompressedTensorsFormat(CheckpointFormat):
         return [
             f"# transformers, with {self.transformers_needs}",
             "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
-            f'model = AutoModelForCausalLM.from_pretrained("{path}", device_map="auto", {argument})',
+            f'model = AutoModelForCausalLM.from_pretrained({python_literal(path)}, device_map="auto", {argument})',
         ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
 from llm_quantize.formats.base import CheckpointFormat, StoredSettings, TensorSpec, Unpacked
+from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import WHOLE_ROW, Method, QuantScheme
 
 if TYPE_CHECKING:
@@ -149,6 +150,6 @@ class GPTQFormat(CheckpointFormat):
             lines += [
                 "# AutoGPTQ",
                 "from auto_gptq import AutoGPTQForCausalLM",
-                f'model = AutoGPTQForCausalLM.from_quantized("{path}", device="cuda:0")',
+                f'model = AutoGPTQForCausalLM.from_quantized({python_literal(path)}, device="cuda:0")',
             ]
         return lines

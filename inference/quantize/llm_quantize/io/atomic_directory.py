@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from llm_quantize.errors import InputError, WorkError
-from llm_quantize.io.untrusted import stays_inside
+from llm_quantize.io.json_text import as_json
+from llm_quantize.io.manifest import Manifest, whole
+from llm_quantize.io.untrusted import check_is_text
 
 GIB = 1 << 30
 
@@ -34,11 +35,12 @@ def check_target(path: Path, overwrite: bool, bytes_needed: int = 0, source: Pat
     overwrite: whether an existing checkpoint there may be replaced.
     source: the directory of the model to quantize, which must not be replaced.
 
-    Raises InputError: the target exists, holds something other than a checkpoint, overlaps with `source`, is not
-    writable, or the disk has too little space.
+    Raises InputError: the target's name is not UTF-8, or the target exists, holds something other than a checkpoint,
+    overlaps with `source`, is not writable, or the disk has too little space.
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
+    check_is_text(target)  # what is written is read back
     if source is not None:
         origin = Path(os.path.realpath(source))
         if target == origin or origin in target.parents:
@@ -144,7 +146,7 @@ class AtomicDirectory:
 
     shown: the target as the user wrote it, for messages; target: the same with links resolved.
     work: the hidden directory beside the target, which holds the lock, the journal and `content`.
-    content: the directory that `publish` renames to the target.
+    content: the directory that `publish` renames to the target. manifest: what its files must hold.
     keep: whether `work` remains when the context ends without `publish`. Set on entry where an earlier run left a
     journal.
 
@@ -157,6 +159,7 @@ class AtomicDirectory:
         self.overwrite = overwrite
         self.work = _work_directory(self.target)
         self.content = self.work / "checkpoint"
+        self.manifest = Manifest()
         self.keep = False
         self._old = self.target.parent / f".{self.target.name}.old"
         self._created_parents: list[Path] = []
@@ -228,14 +231,11 @@ class AtomicDirectory:
     def clear(self) -> None:
         """Empty the work directory, except the lock, and create `content` anew. Raises WorkError."""
         self.keep = False
+        self.manifest.clear()
         try:
             for path in self.work.iterdir():
-                if path.name == "lock":
-                    continue
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                if path.name != "lock":
+                    _remove(path)
             self.content.mkdir()
         except OSError as error:
             raise write_error(error, self.target.parent) from None
@@ -245,34 +245,42 @@ class AtomicDirectory:
         self.write(name, as_json(content).encode())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write file `name` of the content, durable on return.
+        """Write file `name` of the content, durable on return; `publish` compares it.
 
-        Raises ValueError for a name with a directory part; WorkError.
+        name: a path inside the content, with `/`. Raises ValueError for one that leads out of it; WorkError.
         """
-        if Path(name).name != name:
-            raise ValueError(f"not a plain file name: {name}")
+        path = self.content / name
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts or not inner.parts or str(inner) != name:
+            raise ValueError(f"not a name inside the directory: {name}")
         try:
-            (self.content / name).write_bytes(data)
-            fsync_path(self.content / name)
+            if path.parent != self.content:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fsync_path(self.content)
+            path.write_bytes(data)
+            fsync_path(path)
+            if path.parent != self.content:
+                fsync_path(path.parent)
         except OSError as error:
             raise write_error(error, self.target.parent) from None
+        self.manifest.add(name, whole(data))
 
-    def copy(self, files: Sequence[Path]) -> tuple[str, ...]:
-        """Copy files into the content, durable on return.
-
-        Returns the names of those left out: links that lead out of their directory. Raises WorkError.
-        """
-        skipped = []
+    def take_over(self, names: Iterable[str]) -> None:
+        """Take files of the content that another program wrote for what `publish` must find. Raises WorkError."""
         try:
-            for path in files:
-                if not stays_inside(path):
-                    skipped.append(path.name)
-                    continue
-                shutil.copyfile(path, self.content / path.name)
-                fsync_path(self.content / path.name)
+            for name in names:
+                self.manifest.add_as_it_is(self.content, name)
+        except OSError as error:
+            raise WorkError(f"cannot read {name} in {self.content}: {error.strerror}: run again") from None
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove all of the content but the files `names`. Raises WorkError."""
+        try:
+            for path in self.content.iterdir():
+                if path.name not in names:
+                    _remove(path)
         except OSError as error:
             raise write_error(error, self.target.parent) from None
-        return tuple(skipped)
 
     def make_durable(self) -> None:
         """Make files durable that another program wrote into the content, and set their usual permissions.
@@ -290,16 +298,18 @@ class AtomicDirectory:
             raise write_error(error, self.target.parent) from None
 
     def publish(self) -> None:
-        """Replace the target with `content`, which must be complete.
+        """Compare `content` with `manifest`, then replace the target with it.
 
         If the rename fails, the old target is restored. Raises InputError where the target has appeared or changed
-        since entry; WorkError.
+        since entry; WorkError, which names a file that differs, is missing, or was never written by this run.
         """
         try:
             replaces = self.target.exists()
             fsync_path(self.content)
             if replaces:
                 check_target(self.shown, self.overwrite)  # it may have appeared or changed since entry
+            self.manifest.compare(self.content)
+            if replaces:
                 self.target.rename(self._old)
             try:
                 self.content.rename(self.target)
@@ -333,6 +343,9 @@ class AtomicDirectory:
                     parent.rmdir()
 
 
-def as_json(content: dict[str, Any]) -> str:
-    """Format a JSON object as the text of a file: indented, UTF-8 characters kept, with a final newline."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a directory with all that it holds. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from llm_quantize.errors import InputError, is_failure, one_line
-from llm_quantize.io.untrusted import check_counts, check_files
-from llm_quantize.model.config_file import examine_config
+from llm_quantize.io.untrusted import check_counts, read_json
+from llm_quantize.model.config_file import check_tokenizer_config, examine_config, other_repositories
 from llm_quantize.model.module_loader import load_module, release_module
 from llm_quantize.model.names import TensorNames
+from llm_quantize.model.side_files import SideFiles
 from llm_quantize.model.skeleton import LinearLayer, build_skeleton, find_blocks, read_config
 from llm_quantize.model.tensor_store import SafetensorsStore, TensorStore
 from llm_quantize.model.weight_files import tensor_files
@@ -90,32 +91,53 @@ class Model:
 
 
 class SourceModel(Model):
-    """The model to quantize, as its files hold it."""
+    """The model to quantize, as its files hold it.
+
+    raw_config: what config.json holds. side_files: what lies beside the weights. Both are as they were at the start.
+    """
 
     store: SafetensorsStore
+    raw_config: dict[str, Any]
+    side_files: SideFiles
 
     @classmethod
     def open(
         cls,
         directory: Path,
         *,
+        weights: Path | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         on_config: Callable[[Any], None] = lambda _: None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> SourceModel:
         """Read config and tokenizer, and build the skeleton; no weights. Raises InputError.
 
+        weights: the directory of the weights, where that is another one.
         on_config: is given the config, once the files are found sound and before what takes seconds.
+        warn: is given what the user should know before code of the model runs, one line each.
         """
-        check_files(directory)
-        raw = examine_config(directory)
-        files = tensor_files(directory, allow_pickle=allow_pickle)
+        side_files = SideFiles(directory)
+        raw = examine_config(side_files.path, directory)
+        tokenizer_config = _tokenizer_config(side_files)
+        check_tokenizer_config(tokenizer_config)
+        if trust_remote_code:
+            for repository in other_repositories(raw, tokenizer_config):
+                warn(
+                    f"code of another repository, {one_line(repository, 100)}, is fetched and run: auto_map names it"
+                )
+        files = tensor_files(weights or directory, allow_pickle=allow_pickle)
         check_counts(raw, len(files))
-        config = read_config(directory, raw, trust_remote_code=trust_remote_code)
+        with side_files.named_as_given():
+            config = read_config(side_files.path, raw, trust_remote_code=trust_remote_code)
         on_config(config)
         skeleton = build_skeleton(config, set(files.values()), trust_remote_code=trust_remote_code)
-        tokenizer = _open_tokenizer(directory, trust_remote_code)
-        return cls(directory, config, skeleton, tokenizer, SafetensorsStore(files, "source model"))
+        with side_files.named_as_given():
+            tokenizer = _open_tokenizer(side_files.path, trust_remote_code)
+        model = cls(directory, config, skeleton, tokenizer, SafetensorsStore(files, "source model"))
+        model.raw_config, model.side_files = raw, side_files
+        config._name_or_path = str(directory)  # not the copy's, which may be gone
+        return model
 
     @property
     def file_bytes(self) -> int:
@@ -129,6 +151,16 @@ class SourceModel(Model):
             return sorted(name for name in self.store.files if not name.startswith(prefixes))
         quantized = {self.names.of(f"{linear.name}.weight") for linear in self.linears(index)}
         return sorted(n for n in self.store.files if n.startswith(prefixes[index]) and n not in quantized)
+
+
+def _tokenizer_config(files: SideFiles) -> dict[str, Any]:
+    """What tokenizer_config.json holds; nothing where there is none."""
+    if "tokenizer_config.json" not in files.digests:
+        return {}
+    try:
+        return read_json(files.path / "tokenizer_config.json")
+    except InputError as error:
+        raise InputError(f"no usable tokenizer in {files.directory}: {error}") from None
 
 
 def _open_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
