@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from llm_quantize import options
 from llm_quantize.calibration.windows import CalibrationConfig
-from llm_quantize.command_line import DEBUG, OneLineParser, debugging, failure
+from llm_quantize.command_line import DEBUG, OneLineParser, debugging, failure, show_any_character
 from llm_quantize.config import QuantizeConfig, default_calibration
 from llm_quantize.console import Console
 from llm_quantize.errors import InputError
@@ -182,7 +182,7 @@ def set_environment() -> None:
     """Set up what the heavy imports read: no banners, advice or bars of theirs; what the user set stays."""
     for name, value in {
         "TOKENIZERS_PARALLELISM": "true",  # nothing forks after this
-        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "critical",  # what it logs as an error it also raises, if it matters
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "DATASETS_VERBOSITY": "error",
         "HF_HUB_VERBOSITY": "error",
@@ -200,7 +200,8 @@ def set_environment() -> None:
         os.environ[name] = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
     if DEBUG not in os.environ:
         warnings.simplefilter("ignore")
-        for name in ("torch", "transformers", "datasets", "huggingface_hub", "httpx", "compressed_tensors"):
+        logging.getLogger("transformers").setLevel(logging.CRITICAL)
+        for name in ("torch", "datasets", "huggingface_hub", "httpx", "compressed_tensors", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -223,6 +224,7 @@ def _terminable() -> Iterator[None]:
 
 def run(method: Method, argv: Sequence[str]) -> int:
     """The whole command. Returns the exit code; only --help and wrong arguments leave by SystemExit."""
+    show_any_character()
     config = parse(method, argv)
     console = Console(config.quiet)
     # The caller's warning filters are put back: `set_environment` is for the run alone.

@@ -25,10 +25,10 @@ from llm_quantize.calibration.windows import (
     longest_window,
 )
 from llm_quantize.checkpoint.reader import QuantizedStore
-from llm_quantize.command_line import OneLineParser, debugging, failure
+from llm_quantize.command_line import OneLineParser, debugging, failure, show_any_character
 from llm_quantize.console import Console
 from llm_quantize.device import Device
-from llm_quantize.errors import InputError
+from llm_quantize.errors import InputError, one_line
 from llm_quantize.evaluation.heldout import EVAL_SEQ_LEN
 from llm_quantize.evaluation.perplexity import Measured, measure
 from llm_quantize.io.embedded_files import EMBEDDED_HELDOUT
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("HF_HUB_DISABLE_TELEMETRY", "1"),
     ):
         os.environ.setdefault(key, quiet)
+    show_any_character()
     args = build_parser().parse_args(argv)
     console = Console(quiet=args.json)
     with warnings.catch_warnings():
@@ -144,7 +145,7 @@ def _table(checkpoints: list[Path], sizes: list[int], results: list[Measured]) -
     rows.append(("(source)", "", f"{results[0].perplexity_source:.3f}", "", ""))
     for path, size, result in zip(checkpoints, sizes, results, strict=True):
         ppl, same = f"{result.perplexity_quantized:.3f}", f"{100 * result.agreement:.2f} %"
-        rows.append((str(path), f"{size / 2**20:,.1f}", ppl, f"{result.kl:.5f}", same))
+        rows.append((one_line(path), f"{size / 2**20:,.1f}", ppl, f"{result.kl:.5f}", same))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{row[0]:{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llm_quantize.io.hub import REPO_ID
+
 
 def shown_name(place: str) -> str:
     """A hub id as it is, a local path by its last part; a path into the hub's cache as the id and revision it holds."""
@@ -11,6 +13,9 @@ def shown_name(place: str) -> str:
     if not path.exists():
         return place
     path = path.absolute()
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return f"{path.parent.parent.name[8:].replace('--', '/')}@{path.name}"
+    cached = path.parent.parent.name
+    if path.parent.name == "snapshots" and cached.startswith("models--"):
+        repository = cached[8:].replace("--", "/")
+        if REPO_ID.fullmatch(repository):  # what merely looks like the cache may have any name
+            return f"{repository}@{path.name}"
     return path.name or path.resolve().name or "model"
