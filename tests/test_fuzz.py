@@ -33,15 +33,17 @@ from llm_quantize.calibration.table import Table
 from llm_quantize.calibration.windows import CalibrationConfig, load_windows
 from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError, WorkError
+from llm_quantize.io.json_text import as_json
 from llm_quantize.io.untrusted import check_counts, read_json
 from llm_quantize.model.config_file import examine_config, published_config, with_old_rope_keys
+from llm_quantize.model.model_forward import embed
 from llm_quantize.model.source import SourceModel
 from llm_quantize.model.weight_files import tensor_files
 from llm_quantize.serving import checkpoint_files
 from llm_quantize.serving import cli as serving_cli
 from llm_quantize.serving.plan import plan_serving
 from llm_quantize.serving.refusal import Refusal
-from models import FAMILIES, write
+from models import CPU, FAMILIES, write
 from reference import write_rtn_checkpoint
 
 SECONDS = float(os.environ.get("LLM_QUANTIZE_FUZZ", "0"))
@@ -200,10 +202,57 @@ def test_configs(home: Path, work: Path) -> None:
     def body(value: Any) -> None:
         (directory / "config.json").write_bytes(dumped(value))
         with refusing(InputError, WorkError):
-            SourceModel.open(directory)
-            json.dumps(published_config(directory))
+            model = SourceModel.open(directory)
+            as_json(published_config(model.raw_config, directory)).encode()
 
     run("configs", changed(whole), body, 60)
+
+
+# Keys that transformers reads, beside those that the files have.
+KEYS = {
+    "config.json": "eos_token_id pad_token_id rope_scaling rope_parameters architectures auto_map quantization_config "
+    "compression_config id2label num_labels text_config torch_dtype dtype layer_types attn_implementation use_cache "
+    "return_dict output_hidden_states output_attentions sliding_window num_experts chunk_size_feed_forward "
+    "tokenizer_class generation_config configuration_files transformers_weights _commit_hash sub_configs _name_or_path "
+    "attribute_map model_type transformers_version tie_word_embeddings is_encoder_decoder",
+    "generation_config.json": "eos_token_id max_length temperature cache_implementation transformers_version "
+    "custom_generate watermarking_config compile_config",
+    "tokenizer_config.json": "chat_template added_tokens_decoder model_max_length tokenizer_class auto_map eos_token "
+    "extra_special_tokens additional_special_tokens padding_side fast_tokenizer_files model_input_names add_bos_token "
+    "add_prefix_space clean_up_tokenization_spaces backend name_or_path vocab_file processor_class",
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_values_of_other_types(family: str, work: Path, tmp_path: Path) -> None:
+    """From the keys of three files to the states that enter the first block, and to all that is published of them."""
+    directory = write(tmp_path / "model", FAMILIES[family]())
+    text = work / "typed.txt"
+    text.write_text("def some_words(that, are) -> None: ...\n" * 40)
+    plain = CalibrationConfig(data=str(text), samples=2, seq_len=8)
+    whole = {}
+    for name in KEYS:
+        path = directory / name
+        whole[name] = json.loads(path.read_text()) if path.exists() else {}
+    places = sorted((name, key) for name in KEYS for key in {*KEYS[name].split(), *whole[name]})
+    changes = st.lists(
+        st.tuples(st.sampled_from(places), st.sampled_from(ODD) | VALUES), min_size=1, max_size=2
+    )
+
+    def body(changed_values: list[tuple[tuple[str, str], Any]]) -> None:
+        contents = copy.deepcopy(whole)
+        for (name, key), value in changed_values:
+            contents[name][key] = value
+        for name, content in contents.items():
+            (directory / name).write_bytes(dumped(content))
+        with refusing(InputError, WorkError):
+            model = SourceModel.open(directory)
+            as_json(published_config(model.raw_config, directory)).encode()
+            assert dict(model.side_files.published()).keys() >= {"tokenizer.json", "tokenizer_config.json"}
+            tokens = load_windows(plain, model.tokenizer, log=lambda line: None).tokens
+            embed(model, tokens, CPU, CPU, torch.float32)
+
+    run(f"values of other types, {family}", changes, body, 60)
 
 
 def test_configs_of_all_kinds() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_quantize.errors import InputError
+from llm_quantize.errors import InputError, one_line
 from llm_quantize.model.block_forward import BlockKwargs, PerWindow, StopForward
 from llm_quantize.model.source import Model
 from llm_quantize.model.states import States, make_states
@@ -92,18 +92,42 @@ def embed(
     """Compute the states that enter block 0 for `tokens`, int64 (windows, length), and each block's other arguments.
 
     storage: where the states are kept. loading: entered while weights are read. Raises InputError for a token that the
-    model has no embedding of (on a GPU it would end the process), and for a block whose arguments depend on tokens.
+    model has no embedding of (on a GPU it would end the process), for a block whose arguments depend on tokens, and
+    where the model's own code fails.
     """
     _check_tokens(model, tokens)
     base = model.skeleton.base_model
     prefix = model.list_name.split(".")[0] if base is not model.skeleton else ""
     with loading():
         loaded = _load_around(model, base, prefix, device, dtype)
-    kwargs = _record_kwargs(model, base, tokens[:1].to(device))
+    with _failures_told(model):
+        kwargs = _record_kwargs(model, base, tokens[:1].to(device))
     states = _embed_windows(model, base, tokens, storage, device)
     for module in loaded:
         model.release(module)
     return states, kwargs
+
+
+@contextmanager
+def _failures_told(model: Model) -> Iterator[None]:
+    """Tell a failure of the model's own code, in its first forward pass, as one of its config."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA" in str(error):
+            raise
+        raise InputError(
+            f"{type(model.skeleton).__name__} cannot compute ({type(error).__name__}: {one_line(error)}): "
+            "take the config.json that came with the weights"
+        ) from None
 
 
 def _check_tokens(model: Model, tokens: Tensor) -> None:

@@ -47,9 +47,12 @@ def read_config(directory: Path, raw: dict[str, Any], *, trust_remote_code: bool
             "the model brings its own code (auto_map): read it, then pass --trust_remote_code to run it"
         )
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        for part in (config, config.get_text_config()):
+            part.output_hidden_states = part.output_attentions = False  # nobody reads them here
     except Exception as error:
         raise InputError(f"config.json is not usable ({one_line(error)}): {_OWN_CONFIG}") from None
+    return config
 
 
 def build_skeleton(config: Any, files: set[Path], *, trust_remote_code: bool) -> Any:
