@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from llm_quantize.calibration.windows import CalibrationConfig
+from llm_quantize.checkpoint.external import HEAD_NAMES
 from llm_quantize.checkpoint.reader import QuantizedStore, open_quantized
 from llm_quantize.device import Device
 from llm_quantize.errors import InputError, WorkError
@@ -35,7 +36,6 @@ from llm_quantize.evaluation.perplexity import Measured, measure
 from llm_quantize.evaluation.sample import sample
 from llm_quantize.io.embedded_files import EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from llm_quantize.model.model_forward import output_head
-from llm_quantize.model.names import HEAD_NAMES
 from llm_quantize.model.source import SourceModel
 from models import CPU, FAMILIES
 from models import write as write_model
@@ -391,7 +391,9 @@ def test_on_the_gpu(model: Path, tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "other", gpt_neox())
     write_rtn_checkpoint(other, tmp_path / "out", "gptq", 4, 32, True)
-    with pytest.raises(InputError, match="do not match"):
+    with pytest.raises(
+        InputError, match=r"checkpoint has no model\.embed_tokens\.weight: is it of another model"
+    ):
         measure(SourceModel.open(model), tmp_path / "out", tokens(), DEVICE)
     with pytest.raises(InputError, match="not quantized"):
         open_quantized(SourceModel.open(model), model)
@@ -533,7 +535,7 @@ def test_command_side_by_side(checkpoints: tuple[Path, Path], capsys: pytest.Cap
         (["{model}", "{four}", "--device", "tpu"], 2, "--device tpu"),
         (["{model}", "{four}", "--data", "/nowhere.txt"], 2, "nowhere.txt"),
         (["{model}", "{four}", "--data", "csv"], 2, "is a kind of file, not a dataset"),
-        (["{model}", "{damaged}", *SMALL], 1, "no tensor"),
+        (["{model}", "{damaged}", *SMALL], 2, "has no model.norm.weight: is it of another model?"),
     ],
 )
 def test_command_refusals(

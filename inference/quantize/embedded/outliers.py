@@ -47,7 +47,8 @@ def write_with_outliers(
             chosen = rows[torch.randperm(len(rows), generator=generator)[:channels]]
             grow(block, mapping, chosen, factor, source.dtype)
         for path, parameter in block.named_parameters():
-            stored = source.names.of(f"{name}.{path}")
+            stored = source.weights.stored_name(f"{name}.{path}")
+            assert stored is not None
             tensors[stored] = parameter.detach().to(tensors[stored].dtype).clone()
         source.release(block)
     out.mkdir(parents=True)

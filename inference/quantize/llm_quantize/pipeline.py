@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm_quantize.backends import registry
 from llm_quantize.backends.session import Job, Session
-from llm_quantize.blockwise.export import config_json, planned_tensors, quantization_settings
+from llm_quantize.blockwise.export import check_settings, config_json, planned_tensors, quantization_settings
 from llm_quantize.blockwise.kernel_warmup import KernelWarmup
 from llm_quantize.blockwise.layer_report import LayerReport
 from llm_quantize.blockwise.loop import quantize_blocks
@@ -231,6 +231,8 @@ def _write_natively(run: _Run) -> _Written:
         dynamic_groups=config.dynamic_groups,
         repeat_tied_head=form.repeats_tied_head and config.format == form.name,
     )
+    planned = planned_tensors(context)
+    check_settings(context, planned)
     windows, length = run.windows.tokens.shape
     batch = MicroBatch(device, length, prepared.model.widest())
     storage = choose_storage(context, windows, length)
@@ -239,7 +241,7 @@ def _write_natively(run: _Run) -> _Written:
     first = first_entry(run.output, _identity(run), begun, restart=fresh)
     batch.windows = first["windows"]
     plan = ExecutionPlan(batch, storage, first["in_order"])
-    with CheckpointWriter(run.output, planned_tensors(context), first, keep=not config.no_resume) as writer:
+    with CheckpointWriter(run.output, planned, first, keep=not config.no_resume) as writer:
         run.output.write_json("config.json", config_json(context))
         _write_side_files(run)
         quantize_blocks(context, run.windows.tokens, writer, plan)
@@ -358,7 +360,7 @@ def _describe(run: _Run, written: _Written, measured: Measured | None) -> None:
         source_bytes=model.file_bytes,
         quantized_bytes=sum(file.stat().st_size for file in run.output.content.glob("*.safetensors")),
         architecture=type(model.skeleton).__name__,
-        repeats_head=config.format == form.name or model.names.tied_head is None,
+        repeats_head=config.format == form.name or model.tied_head is None,
         backend=config.backend,
         library=None if library is None else library.title,
         library_versions=None if library is None else written.versions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,18 +16,28 @@ from llm_quantize.calibration.windows import check_window_length
 from llm_quantize.config import QuantizeConfig
 from llm_quantize.console import Console
 from llm_quantize.device import Device
+from llm_quantize.errors import InputError
 from llm_quantize.io.atomic_directory import check_target
 from llm_quantize.io.embedded_files import EMBEDDED_MODEL
 from llm_quantize.io.hub import resolve_model
 from llm_quantize.model.awq_mappings import find_mappings
+from llm_quantize.model.linear_choice import FEW, choose_linears
 from llm_quantize.model.pickled_weights import convert_pickles
+from llm_quantize.model.skeleton import LinearLayer
 from llm_quantize.model.source import SourceModel
 from llm_quantize.model.weight_files import Scratch
 from llm_quantize.solver.awq import AWQSolver
 from llm_quantize.solver.base import Solver
 from llm_quantize.solver.gptq import GPTQSolver
 from llm_quantize.solver.quality import quality_preset
-from llm_quantize.types import QuantScheme
+from llm_quantize.types import WHOLE_ROW, QuantScheme
+
+FITTING_GROUPS = (
+    128,
+    64,
+    32,
+    16,
+)  # that readers have kernels for, and that are advised where one does not fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,8 @@ def prepare(
         console.warn(line)
     store_dtype = stored_dtype(model.dtype)
     solver = make_solver(config, store_dtype)
-    _check_shapes(config, model, solver.scheme)
+    _warn_of_weights(model, console)
+    _choose_linears(config, model, solver.scheme, console)
     if config.native:
         if solver.uses_mappings:
             find_mappings(model.modules[0], model.config)  # refuses an unknown architecture now
@@ -124,10 +136,54 @@ def _model_directory(config: QuantizeConfig, console: Console) -> tuple[Path, Sc
     return directory, None
 
 
-def _check_shapes(config: QuantizeConfig, model: SourceModel, scheme: QuantScheme) -> None:
+def _warn_of_weights(model: SourceModel, console: Console) -> None:
+    """Say what of the files is read otherwise than it looks."""
+    unexpected = model.weights.unexpected()
+    if unexpected:
+        shown = ", ".join(unexpected[:3]) + (", …" if len(unexpected) > 3 else "")
+        console.warn(
+            f"{len(unexpected)} tensors of the weights belong to nothing in {type(model.skeleton).__name__} and are "
+            f"copied as they are: {shown}"
+        )
+    if model.untied_head is not None:
+        console.warn(
+            f"{model.untied_head} differs from the embedding to which config.json ties it: both are kept, and the "
+            "result says tie_word_embeddings false, as transformers reads the model"
+        )
+
+
+def _choose_linears(
+    config: QuantizeConfig, model: SourceModel, scheme: QuantScheme, console: Console
+) -> None:
+    """Settle which linears are quantized, and say which are not. Raises InputError."""
+    form = config.checkpoint_format
+    fitting = _fitting_group(model)
+
+    def misfit(linear: LinearLayer) -> str | None:
+        return form.misfit(scheme, linear.name, linear.out_features, linear.in_features, fitting=fitting)
+
+    left = choose_linears(model, misfit)
+    if left and not config.native:
+        name = left[0].linear.name
+        raise InputError(misfit(left[0].linear) or f"{name} is never called, and {config.backend} needs it")
+    by_path: dict[tuple[str, str], list[str]] = {}
+    for each in left:
+        by_path.setdefault((each.linear.path, each.why), []).append(each.linear.name)
+    for (path, why), names in by_path.items():
+        console.warn(f"{path} stays as it is in {len(names)} of {len(model.blocks)} blocks: {why}")
+
+
+def _fitting_group(model: SourceModel) -> int:
+    """The largest power of two, of the usual ones, that divides the width of nearly all linears; else a whole row."""
+    widths: Counter[int] = Counter()
     for index in range(len(model.blocks)):
         for linear in model.linears(index):
-            config.checkpoint_format.check_shape(scheme, linear.name, linear.out_features, linear.in_features)
+            widths[linear.in_features] += linear.weights
+    total = widths.total()
+    for size in FITTING_GROUPS:
+        if sum(count for width, count in widths.items() if width % size) <= FEW * total:
+            return size
+    return WHOLE_ROW
 
 
 def _check_library(config: QuantizeConfig, model: SourceModel, console: Console) -> None:

@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm_quantize.blockwise import tuning
 from llm_quantize.blockwise.block_solution import (
@@ -102,9 +102,10 @@ class BlockWork:
 
     def _find_inputs(self) -> None:
         """Find which linears share an input. Raises WorkError for a linear that is never reached."""
-        self._groups = distinct_inputs(self._block, self._states, self._kwargs)
-        reached = {path for group in self._groups for path in group}
         linears = self._context.model.linears(self._index)
+        paths = {linear.path for linear in linears}
+        self._groups = distinct_inputs(self._block, self._states, self._kwargs, paths)
+        reached = {path for group in self._groups for path in group}
         missed = [linear.name for linear in linears if linear.path not in reached]
         if missed:
             raise WorkError(
@@ -140,6 +141,10 @@ class BlockWork:
         def forward(hidden: Tensor) -> Tensor:
             return block_forward.forward(block, hidden, self._kwargs)
 
+        # What stays as it is takes no scale.
+        quantized = {linear.path for linear in self._context.model.linears(self._index)}
+        linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        named = [m for m in named if not {m.smooth_layer, *m.balance_layers} & (linears - quantized)]
         mappings = exact_mappings(block, named, self._states.get(0, 1), forward)
         if self._index == 0 and not mappings:
             raise no_mapping(block)

@@ -39,6 +39,13 @@ class RunContext:
     repeat_tied_head: bool = False
     reports: list[LayerReport] = field(default_factory=list)
 
+    def published_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which a tensor is saved that is not quantized: as it is, unless it has the dtype of the blocks' weights.
+
+        Tensors that a model has in another dtype need it (a router's correction, a state space's decay).
+        """
+        return self.store_dtype if dtype == self.model.dtype else dtype
+
 
 @dataclass(slots=True)
 class ExecutionPlan:

@@ -13,7 +13,6 @@ from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import InputError, WorkError, one_line
 from llm_quantize.formats.base import CheckpointFormat
 from llm_quantize.io.manifest import files_below
-from llm_quantize.model.names import HEAD_NAMES
 from llm_quantize.model.source import SourceModel
 from llm_quantize.model.weight_files import tensor_files
 from llm_quantize.types import QuantScheme
@@ -37,6 +36,7 @@ _SIDE_FILES = re.compile(
     r"special_tokens_map|added_tokens|chat_template|\w*processor_config|model\.safetensors\.index)\.json|"
     r"quant_log\.csv|(vocab|merges)\.txt|[\w.-]+\.(model|jinja|tiktoken)|README\.md"
 )
+HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
 
 def verify_external(
@@ -67,7 +67,7 @@ def verify_external(
     expected = _expected(source, form, scheme)
     free = _heads(source)
     missing = sorted(set(expected) - set(files) - free)
-    if source.names.tied_head is None and not free & set(files):
+    if source.tied_head is None and not free & set(files):
         missing.append("the output head")
     if missing:
         raise WorkError(f"{by} left out {missing[0]}: nothing is published")
@@ -108,7 +108,7 @@ def _expected(
         for linear in source.linears(index):
             parts = form.plan(linear.out_features, linear.in_features, scheme, torch.float16)
             for suffix, (dtype, shape) in parts.items():
-                expected[f"{source.names.of(linear.name)}.{suffix}"] = (dtype.is_floating_point, shape)
+                expected[f"{source.stored_linear(linear.name)}.{suffix}"] = (dtype.is_floating_point, shape)
         others += source.float_tensors(index)
     for name in others:
         dtype, shape = source.store.describe(name)
@@ -118,7 +118,7 @@ def _expected(
 
 def _heads(source: SourceModel) -> set[str]:
     """Names of the output head: a tied one may be there once more or not, another under any name that it has had."""
-    tied = source.names.tied_head
+    tied = source.tied_head
     return {f"{name}.weight" for name in HEAD_NAMES} | ({tied[0]} if tied is not None else set())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ class QuantizedStore:
         linear = name.removesuffix(".weight")
         if linear == name or linear not in self.linears:
             return self._tensor(name, device)
-        names = [f"{linear}.{part}" for part in self.format.parts]
-        parts = {n.removeprefix(f"{linear}."): self._tensor(n, device) for n in names if n in self._stored}
+        parts = {n.removeprefix(f"{linear}."): self._tensor(n, device) for n in self._parts(name)}
         try:
             for part, tensor in parts.items():
                 if tensor.ndim != _RANKS.get(part, 2):
@@ -80,9 +80,17 @@ class QuantizedStore:
         linear = name.removesuffix(".weight")
         return torch.float32 if linear in self.linears else self._mapped(name).dtype
 
-    def prefetch(self, prefix: str, device: torch.device) -> None:
+    def prefetch(self, names: Iterable[str], device: torch.device) -> None:
         if self._prefetcher.serves(device):
-            self._prefetcher.start(name for name in self._stored if name.startswith(prefix))
+            self._prefetcher.start(stored for name in names for stored in self._parts(name))
+
+    def _parts(self, name: str) -> list[str]:
+        """The stored tensors of which `read` makes the tensor called `name`."""
+        linear = name.removesuffix(".weight")
+        if linear == name or linear not in self.linears:
+            return [name]
+        names = (f"{linear}.{part}" for part in self.format.parts)
+        return [stored for stored in names if stored in self._stored]
 
     def _tensor(self, name: str, device: torch.device | str) -> Tensor:
         place = torch.device(device)

@@ -9,7 +9,7 @@ import torch
 
 from llm_quantize.checkpoint.reader import QuantizedStore
 from llm_quantize.errors import WorkError
-from llm_quantize.model.names import HEAD_NAMES
+from llm_quantize.model.weight_map import WeightMap
 
 
 def sample(
@@ -27,21 +27,15 @@ def sample(
     dtype = torch.float32 if device.type == "cpu" else config.dtype or torch.float16
     build: Any = AutoModelForCausalLM.from_config
     model = build(config, dtype=dtype)
-    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-
-    def renamed(name: str) -> str:
-        """The model's name of a stored tensor: the output head has had several."""
-        first, _, rest = name.partition(".")
-        return f"{heads[0]}.{rest}" if heads and first in HEAD_NAMES else name
-
-    left = model.load_state_dict({renamed(name): store.read(name) for name in store.files}, strict=False)
-    model.tie_weights()
-    missing = set(left.missing_keys) - set(getattr(model, "all_tied_weights_keys", None) or {})
+    weights = WeightMap(model, store.files)
     # AutoGPTQ's files hold biases of zeros for linears that have none.
     biases = {f"{linear}.bias" for linear in store.linears}
-    unexpected = [n for n in left.unexpected_keys if not (n in biases and not bool(store.read(n).any()))]
-    if missing or unexpected:
-        raise WorkError(f"{quantized}: tensor {min([*missing, *unexpected])} is missing or left over")
+    unexpected = [n for n in weights.unused if not (n in biases and not bool(store.read(n).any()))]
+    if weights.missing or unexpected:
+        raise WorkError(f"{quantized}: tensor {min([*weights.missing, *unexpected])} is missing or left over")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(name, store.read))
     model.to(device).eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
     end = tokenizer.eos_token_id

@@ -76,7 +76,13 @@ class AWQFormat(CheckpointFormat):
         return Unpacked(q.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())
 
     def quantization_config(
-        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, float_modules: list[str]
+        self,
+        scheme: QuantScheme,
+        *,
+        dynamic_groups: bool,
+        damping: float,
+        float_modules: list[str],
+        head: str = "lm_head",
     ) -> dict[str, Any]:
         return {
             "quant_method": "awq",

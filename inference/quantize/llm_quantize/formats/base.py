@@ -99,21 +99,27 @@ class CheckpointFormat(ABC):
         """The sides (`output`, `input`) along which values must fill whole 32-bit words, with their widths."""
         return {}
 
-    def check_shape(self, scheme: QuantScheme, name: str, out_features: int, in_features: int) -> None:
-        """Refuse a linear layer whose widths do not fill groups and words. Raises InputError, naming it."""
+    def misfit(
+        self, scheme: QuantScheme, name: str, out_features: int, in_features: int, *, fitting: int = WHOLE_ROW
+    ) -> str | None:
+        """Why the widths of a linear layer do not fill groups and words, naming it; None where they do.
+
+        fitting: the group size to advise.
+        """
         if scheme.group_size != WHOLE_ROW and in_features % scheme.group_size:
-            raise InputError(
+            return (
                 f"{name} has {in_features} input channels, which {scheme.group_size} does not divide: "
-                "choose another --group_size (-1 always fits)"
+                f"take --group_size {fitting}"
             )
         # 8 values of `bits` bits fill whole bytes; a stream must fill whole 32-bit words.
         step = 32 // math.gcd(32, scheme.bits)
         for side, width in self.packed_widths(out_features, in_features).items():
             if width % step:
-                raise InputError(
+                return (
                     f"{name} has {width} {side} channels, not a multiple of {step} as the {self.name} format needs "
                     f"at {scheme.bits} bits: use --format compressed-tensors"
                 )
+        return None
 
     def vllm_refusal(self, scheme: QuantScheme, dynamic_groups: bool) -> str | None:
         """Why vLLM refuses such a file, and what to take instead, in one line; None where vLLM serves it."""
@@ -142,7 +148,9 @@ class CheckpointFormat(ABC):
         activation order. Raises ValueError for shapes that do not belong together.
         """
         out, width = q.shape
-        self.check_shape(scheme, "the layer", out, width)
+        reason = self.misfit(scheme, "the layer", out, width)
+        if reason is not None:
+            raise ValueError(reason)
         groups = scheme.groups(width)
         if qparams.scale.shape != (out, groups) or qparams.zero.shape != (out, groups):
             raise ValueError(f"scales {tuple(qparams.scale.shape)} for {out} rows of {groups} groups")
@@ -166,9 +174,18 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def quantization_config(
-        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, float_modules: list[str]
+        self,
+        scheme: QuantScheme,
+        *,
+        dynamic_groups: bool,
+        damping: float,
+        float_modules: list[str],
+        head: str = "lm_head",
     ) -> dict[str, Any]:
-        """`quantization_config` of config.json, in plain JSON values. `float_modules`: linears left as they are."""
+        """`quantization_config` of config.json, in plain JSON values.
+
+        float_modules: the linears left as they are, by their stored names; `head`, the output head, among them.
+        """
 
     @abstractmethod
     def stored_settings(self, settings: dict[str, Any]) -> StoredSettings:

@@ -108,7 +108,13 @@ class CompressedTensorsFormat(CheckpointFormat):
         return Unpacked(q, scales, zeros)
 
     def quantization_config(
-        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, float_modules: list[str]
+        self,
+        scheme: QuantScheme,
+        *,
+        dynamic_groups: bool,
+        damping: float,
+        float_modules: list[str],
+        head: str = "lm_head",
     ) -> dict[str, Any]:
         from compressed_tensors.quantization import (
             QuantizationArgs,

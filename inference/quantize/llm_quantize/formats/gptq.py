@@ -6,6 +6,7 @@ input channel its group (`auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py`).
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
@@ -124,9 +125,15 @@ class GPTQFormat(CheckpointFormat):
         return Unpacked(q, scales.T.contiguous(), zeros.T.contiguous(), group)
 
     def quantization_config(
-        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, float_modules: list[str]
+        self,
+        scheme: QuantScheme,
+        *,
+        dynamic_groups: bool,
+        damping: float,
+        float_modules: list[str],
+        head: str = "lm_head",
     ) -> dict[str, Any]:
-        return {
+        config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": scheme.bits,
             "group_size": scheme.group_size,
@@ -136,6 +143,11 @@ class GPTQFormat(CheckpointFormat):
             "lm_head": False,
             "checkpoint_format": "gptq",
         }
+        # Readers take every linear for quantized but the output head, which "lm_head" tells of.
+        others = [name for name in float_modules if name != head]
+        if others:
+            config["dynamic"] = {rf"-:(.*\.)?{re.escape(name)}$": {} for name in others}
+        return config
 
     def stored_settings(self, settings: dict[str, Any]) -> StoredSettings:
         bits = settings.get("bits")

@@ -5,7 +5,7 @@ All windows have one length and no padding, so that a block's other arguments ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +73,19 @@ class MicroBatch:
 
 
 @torch.no_grad()
-def distinct_inputs(block: nn.Module, states: States, kwargs: BlockKwargs) -> list[list[str]]:
+def distinct_inputs(
+    block: nn.Module, states: States, kwargs: BlockKwargs, paths: Collection[str] | None = None
+) -> list[list[str]]:
     """Which linears of a block see the very same tensor: their paths in groups, in the order the block reaches them.
 
-    A linear that one window does not reach is in no group.
+    paths: of the linears that are asked for; all of the block's without. A linear that one window does not reach is in
+    no group.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
     keep: list[Tensor] = []  # freed memory could be handed out again under the same address
     handles = []
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and (paths is None or path in paths):
 
             def hook(_: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
                 x = args[0]

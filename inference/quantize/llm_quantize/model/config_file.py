@@ -21,13 +21,6 @@ _OTHER_TOKENIZERS = (
 )
 _WEIGHTS = (None, "model.safetensors", "model.safetensors.index.json")
 
-_EXPERT_COUNTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_routed_experts",
-)
 # Heads of other tasks, whose weights transformers would put under a language model's head without a word.
 _OTHER_HEADS = re.compile(
     r"For(MaskedLM|PreTraining|NextSentencePrediction|MultipleChoice|QuestionAnswering|\w*Classification)$"
@@ -55,13 +48,6 @@ def examine_config(directory: Path, source: Path | None = None) -> dict[str, Any
     names = config.get("architectures")
     if isinstance(names, list) and names and all(_OTHER_HEADS.search(str(name)) for name in names):
         raise InputError(f"{names[0]} is not a causal LM: nothing to quantize here")
-    for key in _EXPERT_COUNTS:
-        value = config.get(key)
-        if isinstance(value, int) and value > 1:
-            name = (config.get("architectures") or [config.get("model_type", "this model")])[0]
-            raise InputError(
-                f"{name} is a mixture of {value} experts: not supported yet, only dense models are"
-            )
     return config
 
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from llm_quantize.errors import FinalError, WorkError
-from llm_quantize.model.names import TensorNames
 from llm_quantize.model.tensor_store import TensorStore
+from llm_quantize.model.weight_map import WeightMap
 
 
 def load_module(
     module: nn.Module,
     prefix: str,
     store: TensorStore,
-    names: TensorNames,
+    weights: WeightMap,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -25,21 +25,24 @@ def load_module(
     finite: dict[str, Tensor] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         full = f"{prefix}.{name}" if prefix else name
-        tensor = store.read(names.of_parameter(full), device)
+        if full not in weights:
+            raise WorkError(f"{full} is nowhere in the {store.what}: download the model again")
+        tensor = weights.read(full, lambda stored: store.read(stored, device))
         if tensor.shape != parameter.shape:
             raise WorkError(
                 f"{full} is {tuple(tensor.shape)} in the weights and {tuple(parameter.shape)} in the config"
             )
         # Never the mapped file's own memory: what is written into it would be read again.
-        tensor = tensor.to(dtype, copy=tensor.device.type == "cpu")
+        kept = torch.float32 if weights.keeps_float32(full, dtype) else dtype
+        tensor = tensor.to(kept, copy=tensor.device.type == "cpu")
         finite[full] = torch.isfinite(tensor).all()
         _set(module, name, nn.Parameter(tensor, requires_grad=False))
     for name, buffer in list(module.named_buffers()):
-        stored = names.of(f"{prefix}.{name}" if prefix else name)
+        full = f"{prefix}.{name}" if prefix else name
         owner, _, leaf = name.rpartition(".")
         persistent = leaf not in module.get_submodule(owner)._non_persistent_buffers_set
-        if persistent and stored in store.files:
-            buffer = store.read(stored)
+        if persistent and full in weights:
+            buffer = weights.read(full, store.read)
         module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
     # Asked at the end: each answer waits for the device.
     if finite and not bool(torch.stack(list(finite.values())).all()):

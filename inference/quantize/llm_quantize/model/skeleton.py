@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,11 @@ class LinearLayer:
     name: str
     out_features: int
     in_features: int
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.out_features * self.in_features
 
 
 def read_config(directory: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> Any:
@@ -111,8 +115,29 @@ def find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     lists = [(n, m) for n, m in lists if any(isinstance(x, nn.Linear) for x in m.modules())]
     if not lists:
         raise InputError(f"{type(skeleton).__name__} has no decoder blocks with linear layers: not supported")
+    find_decoder: Any = getattr(skeleton, "get_decoder", None)
+    decoder = find_decoder() if callable(find_decoder) else None
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    # Towers of images and sounds have as many blocks, by chance.
+    lists = [pair for pair in lists if id(pair[1]) in inside] or lists
     name, found = min(lists, key=lambda pair: pair[0].count("."))
-    for path, module in found[0].named_modules():
-        if re.search(r"experts?$", path.rpartition(".")[2]) or "moe" in type(module).__name__.lower():
-            raise InputError(f"{type(skeleton).__name__} is a mixture of experts: not supported yet")
+    if any(_holds_experts(block) for block in found):
+        raise InputError(f"{type(skeleton).__name__} is a mixture of experts: not supported yet")
     return name, found
+
+
+def _holds_experts(block: nn.Module) -> bool:
+    """Whether a block has experts: a list of modules of that name, or weights that are stacked.
+
+    Names of classes and counts in a config do not tell: dense models have them too.
+    """
+    for path, module in block.named_modules():
+        named = path.rpartition(".")[2] == "experts"
+        if named and next(module.parameters(), None) is not None:
+            return True
+        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if not convolution and any(
+            p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False)
+        ):
+            return True
+    return False

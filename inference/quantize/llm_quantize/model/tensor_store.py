@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +32,8 @@ class TensorStore(Protocol):
         """The dtype in which `read` gives a tensor."""
         ...
 
-    def prefetch(self, prefix: str, device: torch.device) -> None:
-        """Begin to read what begins with `prefix`, in the background, for `read` on `device`.
+    def prefetch(self, names: Iterable[str], device: torch.device) -> None:
+        """Begin to read tensors in the background, for `read` on `device`.
 
         The next call drops what has not been read. Nothing happens on the CPU, and where host memory is short. `read`
         raises the errors.
@@ -62,9 +63,9 @@ class SafetensorsStore:
     def dtype(self, name: str) -> torch.dtype:
         return self._mapped(name).dtype
 
-    def prefetch(self, prefix: str, device: torch.device) -> None:
+    def prefetch(self, names: Iterable[str], device: torch.device) -> None:
         if self._prefetcher.serves(device):
-            self._prefetcher.start(name for name in self.files if name.startswith(prefix))
+            self._prefetcher.start(names)
 
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """The dtype and shape of a tensor, from its file's header. Raises WorkError naming file and tensor."""

@@ -17,6 +17,20 @@ from llm_quantize.io.untrusted import check_is_text, entries_of, read_json, stay
 _MOST_AXES, _MOST_ELEMENTS = 64, 1 << 63
 
 
+def check_no_adapter(directory: Path) -> None:
+    """Raise InputError for a LoRA adapter: alone, or beside a model that transformers would then load with it."""
+    if not (directory / "adapter_config.json").exists():
+        return
+    if (directory / "config.json").exists():
+        raise InputError(
+            f"{directory} holds a LoRA adapter beside the model, and both are loaded together: merge it first (PEFT's "
+            "merge_and_unload), or move adapter_config.json away"
+        )
+    raise InputError(
+        f"{directory} is a LoRA adapter: merge it into its base model first (PEFT's merge_and_unload)"
+    )
+
+
 def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Path]:
     """Map each tensor of a checkpoint directory to its file, from the index or the files themselves.
 
