@@ -430,15 +430,14 @@ def test_the_view_of_a_model(library: Callable[..., None], tmp_path: Path) -> No
     config = FAMILIES["llama"]()
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
     directory = write(tmp_path / "model", config, dtype=torch.float16)
-    source = SourceModel.open(directory)
-    for name in ("modeling_own.py", "pytorch_model.bin", "adapter_config.json", "notes.txt"):
+    for name in ("modeling_own.py", "pytorch_model.bin", "notes.txt"):
         (directory / name).write_text("{}")
     code = {"AutoConfig": "modeling_own.Config"}
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((directory / name).read_text())
         (directory / name).write_text(json.dumps({**content, "auto_map": code}))
-    hidden = {"pytorch_model.bin", "adapter_config.json"}
-    every = {path.name for path in directory.iterdir()} - hidden
+    source = SourceModel.open(directory)
+    every = {path.name for path in directory.iterdir()} - {"pytorch_model.bin"}
     with _session("auto-gptq") as session:
         view = session.model(source, trust=False)
         assert {path.name for path in view.iterdir()} == every - {"modeling_own.py"}

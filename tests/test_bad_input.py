@@ -113,6 +113,7 @@ def cut(place: Place) -> None:
 
 
 def sharded(place: Place, weight_map: Any) -> None:
+    (place.model / "model.safetensors").unlink()  # it would go before an index
     (place.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 

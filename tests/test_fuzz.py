@@ -321,7 +321,8 @@ def test_tokenizer_files(home: Path, work: Path) -> None:
 def test_indexes(home: Path, work: Path) -> None:
     directory = Path(shutil.copytree(home / "model", work / "indexes"))
     names = list(load_file(directory / "model.safetensors"))[:6]
-    whole = {"metadata": {"total_size": 5}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (directory / "model.safetensors").rename(directory / "a.safetensors")  # one file goes before an index
+    whole = {"metadata": {"total_size": 5}, "weight_map": dict.fromkeys(names, "a.safetensors")}
 
     def body(value: Any) -> None:
         (directory / "model.safetensors.index.json").write_bytes(dumped(value))

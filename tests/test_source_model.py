@@ -22,6 +22,7 @@ from transformers import (
     GPTBigCodeConfig,
     GPTJConfig,
     GPTNeoConfig,
+    LlavaConfig,
     PretrainedConfig,
     T5Config,
 )
@@ -284,7 +285,12 @@ def refused(directory: Path, words: str, kind: type[Exception] = InputError) -> 
 @pytest.mark.parametrize(
     ("architecture", "config", "words"),
     [
-        ("T5ForConditionalGeneration", T5Config(), "T5Config is not a causal LM"),
+        ("T5ForConditionalGeneration", T5Config(), "T5Config is an encoder-decoder: not supported"),
+        (
+            "LlavaForConditionalGeneration",
+            LlavaConfig(),
+            "LlavaConfig is a model of more than text: not supported yet",
+        ),
         ("BertForMaskedLM", BertConfig(), "BertForMaskedLM is not a causal LM"),
         (
             "Qwen2ForSequenceClassification",
@@ -401,13 +407,46 @@ def test_pickle_that_holds_code_is_not_run(copied: Callable[[str], Path], tmp_pa
 def test_index(shard: Any, words: str, copied: Callable[[str], Path]) -> None:
     directory = copied("llama")
     names = load_file(directory / "model.safetensors")
-    shutil.copy(directory / "model.safetensors", directory.parent / "outside.safetensors")
+    (directory / "model.safetensors").rename(directory.parent / "outside.safetensors")
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(names, shard)})
     )
     refused(directory, words)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     refused(directory, "has no weight_map")
+
+
+def test_a_single_file_goes_before_an_index(copied: Callable[[str], Path]) -> None:
+    """As in transformers: an index beside it is of other times."""
+    directory = copied("llama")
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_agreement(SourceModel.open(directory), directory)
+
+
+def test_an_index_that_counts_wrongly(saved: Callable[[str], Path], copied: Callable[[str], Path]) -> None:
+    """Of an index the names of shards count: a tensor that it lacks is read, one in no shard is not asked for."""
+    directory = copied("llama")
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": "a.safetensors", "nowhere.weight": "a.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_agreement(SourceModel.open(directory), saved("llama"))
+
+
+def test_weights_under_another_name(copied: Callable[[str], Path]) -> None:
+    directory = copied("llama")
+    (directory / "model.safetensors").rename(directory / "consolidated.safetensors")
+    refused(directory, r"no model\.safetensors and no index of shards.* beside consolidated\.safetensors")
+
+
+def test_a_package_that_is_missing(copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any) -> Any:
+        raise ImportError("TimmWrapper requires the timm library")
+
+    monkeypatch.setattr("llm_quantize.model.skeleton._with_fastest_attention", build)
+    refused(
+        copied("llama"), r"LlamaConfig needs a package that is not installed \(TimmWrapper requires the timm"
+    )
 
 
 def test_damaged_weights(copied: Callable[[str], Path]) -> None:

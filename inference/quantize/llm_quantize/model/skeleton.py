@@ -70,7 +70,7 @@ def build_skeleton(config: Any, files: set[Path], *, trust_remote_code: bool) ->
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known and not remote:
-        raise InputError(f"{type(config).__name__} is not a causal LM: nothing to quantize here")
+        raise _other_kind(config)
     shapes = [shape for path in files for shape in tensor_shapes(path).values()]
     limit = AllocationLimit(max(sum(map(math.prod, shapes)), LEAST_ELEMENTS), 100 * len(shapes) + 10_000)
     try:
@@ -78,10 +78,27 @@ def build_skeleton(config: Any, files: set[Path], *, trust_remote_code: bool) ->
             skeleton = _with_fastest_attention(config, trust_remote_code)
     except TooLarge as error:
         raise InputError(f"{error}: {_OWN_CONFIG}") from None
+    except ImportError as error:
+        raise InputError(
+            f"{type(config).__name__} needs a package that is not installed ({one_line(error)}): install it"
+        ) from None
     except Exception as error:
         raise InputError(f"cannot build the model ({one_line(error)}): {_OWN_CONFIG}") from None
     skeleton.eval()
     return skeleton
+
+
+def _other_kind(config: Any) -> InputError:
+    """The refusal of a model that transformers has no causal language model for."""
+    from transformers.models.auto import modeling_auto
+
+    known: Any = modeling_auto
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return InputError(f"{name} is an encoder-decoder: not supported, only decoders are")
+    if type(config) in known.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return InputError(f"{name} is a model of more than text: not supported yet")
+    return InputError(f"{name} is not a causal LM: nothing to quantize here")
 
 
 def _with_fastest_attention(config: Any, trust_remote_code: bool) -> Any:

@@ -59,10 +59,10 @@ def _check_kind(store: SafetensorsStore) -> None:
         parts = name.split(".")
         if name.startswith("base_model.model.") or any(part in _ADAPTER for part in parts):
             raise InputError(
-                f"the weights are those of a LoRA adapter ({name}): merge it into its model first"
+                f"the weights are those of a LoRA adapter ({one_line(name, 100)}): merge it into its model first"
             )
         if parts[-1] in _QUANTIZED:
-            raise InputError(f"the weights are quantized already ({name}): {_GIVE}")
+            raise InputError(f"the weights are quantized already ({one_line(name, 100)}): {_GIVE}")
 
 
 def _check_conversion(

@@ -32,16 +32,17 @@ def check_no_adapter(directory: Path) -> None:
 
 
 def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Path]:
-    """Map each tensor of a checkpoint directory to its file, from the index or the files themselves.
+    """Map each tensor of a checkpoint directory to its file, as transformers finds it.
 
-    Raises InputError for a missing shard, a name that leaves the directory, and weights that are pickles alone.
+    One file goes before shards; of the index, only the names of the shards count. Raises InputError for a missing
+    shard, a name that leaves the directory, and weights of other kinds alone.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return _indexed(directory, index)
     single = directory / "model.safetensors"
     if single.is_file():
         return dict.fromkeys(tensor_shapes(single), single)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return _indexed(directory, index)
     pickles = sorted(p.name for p in entries_of(directory) if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         remedy = (
@@ -50,6 +51,12 @@ def tensor_files(directory: Path, *, allow_pickle: bool = False) -> dict[str, Pa
             else "a pickle can hold code; if you trust its author pass --allow_pickle, or convert it to safetensors"
         )
         raise InputError(f"{directory} has only pickle weights ({pickles[0]}): {remedy}")
+    others = sorted(p.name for p in entries_of(directory) if p.suffix == ".safetensors")
+    if others:
+        raise InputError(
+            f"{directory} has no model.safetensors and no index of shards, which transformers looks for beside "
+            f"{others[0]}: take the whole model, or save it with transformers"
+        )
     raise InputError(f"{directory} has no *.safetensors weights")
 
 
@@ -57,19 +64,16 @@ def _indexed(directory: Path, index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index.name} has no weight_map: download the model again")
-    files: dict[str, Path] = {}
-    for name, shard in weight_map.items():
+    shards: set[Path] = set()
+    for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise InputError(f"{index.name} names a shard that is not a file beside it: {shard!r}")
-        files[name] = directory / shard
-    held: dict[Path, dict[str, tuple[int, ...]]] = {}
-    for path in sorted(set(files.values())):
+        shards.add(directory / shard)
+    files: dict[str, Path] = {}
+    for path in sorted(shards):
         if not path.is_file():
             raise InputError(f"shard {path.name} is missing in {directory}: download the model again")
-        held[path] = tensor_shapes(path)
-    for name, path in files.items():
-        if name not in held[path]:
-            raise InputError(f"{path.name} has no tensor {name}: download the model again")
+        files |= dict.fromkeys(tensor_shapes(path), path)
     return files
 
 
