@@ -34,7 +34,7 @@ _FREE = {
 _SIDE_FILES = re.compile(
     r"(config|generation_config|quantize_config|quant_config|quantization_config|tokenizer|tokenizer_config|vocab|"
     r"special_tokens_map|added_tokens|chat_template|\w*processor_config|model\.safetensors\.index)\.json|"
-    r"quant_log\.csv|(vocab|merges)\.txt|[\w.-]+\.(model|jinja|tiktoken)|README\.md"
+    r"quant_log\.csv|recipe\.yaml|(vocab|merges)\.txt|[\w.-]+\.(model|jinja|tiktoken)|README\.md"
 )
 HEAD_NAMES = ("lm_head", "embed_out")  # of one and the same output head, by version of transformers
 
