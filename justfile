@@ -71,4 +71,4 @@ kills count="100":
 
 # new examples in every reader of untrusted files, so many seconds each
 fuzz seconds="30":
-    LLM_QUANTIZE_FUZZ={{ seconds }} uv run pytest -s tests/test_fuzz.py
+    LLM_QUANTIZE_FUZZ={{ seconds }} uv run pytest -n 0 -s tests/test_fuzz.py
