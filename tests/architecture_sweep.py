@@ -1,6 +1,6 @@
 """Quantize a tiny random model of every architecture in transformers' causal mapping, by both methods.
 
-    python tests/architecture_sweep.py [MODEL_TYPE ...] [--json OUT]
+    python tests/architecture_sweep.py [MODEL_TYPE ...] [--json OUT] [--table OUT]
 
 Prints for each what came of it: `works`, `refused` (exit code 2 and one line, before any work), `failed`, or `not
 built` where no tiny model could be made. What works was read back from its files and measured against its source.
@@ -91,6 +91,28 @@ def sweep(model_types: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The outcomes as a Markdown table, with one line of counts before it."""
+    built = [row for row in rows if "built" not in row]
+    counts = ", ".join(
+        f"{method.upper()} {sum(row[method] == 'works' for row in built)} of {len(rows)}"
+        for method in ("awq", "gptq")
+    )
+    lines = [f"Work: {counts}.", "", "| model type | class | AWQ | GPTQ | why not |", "|---|---|---|---|---|"]
+    for row in rows:
+        if "built" in row:
+            lines.append(f"| `{row['model_type']}` | | – | – | not built: {_cell(row['built'])} |")
+            continue
+        why = dict.fromkeys(_cell(row[f"{m} said"]) for m in ("awq", "gptq") if row[m] != "works")
+        words = [f"| `{row['model_type']}` | {row['class']} | {row['awq']} | {row['gptq']} |", "; ".join(why)]
+        lines.append(" ".join([*filter(None, words), "|"]))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|").replace("\n", " ")[:200]
+
+
 def main() -> int:
     """Parse the command line and sweep."""
     import transformers
@@ -100,13 +122,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model_types", nargs="*", help="all by default")
     parser.add_argument("--json", type=Path, help="write the outcomes to this file, too")
+    parser.add_argument("--table", type=Path, help="write them as a Markdown table to this file, too")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     rows = sweep(given.model_types or sorted(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1))
+    if given.table:
+        given.table.write_text(table(rows))
     return 0
 
 
