@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from llm_quantize.errors import InputError
 from llm_quantize.formats import FORMATS
-from llm_quantize.formats.base import Unpacked
+from llm_quantize.formats.base import ModuleNames, Unpacked
 from llm_quantize.solver.qparams import QParams
 from llm_quantize.types import QuantScheme
 from reference import (
@@ -79,7 +79,7 @@ def pack_layer(
 def config_of(name: str, scheme: QuantScheme, *, dynamic_groups: bool = False) -> dict[str, Any]:
     """Return the `quantization_config` that the product writes."""
     return FORMATS[name].quantization_config(
-        scheme, dynamic_groups=dynamic_groups, damping=0.1, float_modules=["lm_head"]
+        scheme, dynamic_groups=dynamic_groups, damping=0.1, modules=ModuleNames(("lm_head",))
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig
 
 from conftest import MAIN
+from llm_quantize.blockwise import block, block_check
+from llm_quantize.blockwise.block_check import check_block
 from llm_quantize.errors import InputError
 from llm_quantize.io.embedded_files import EMBEDDED_CALIBRATION, EMBEDDED_HELDOUT, EMBEDDED_MODEL
 from llm_quantize.model import linear_choice
 from llm_quantize.model.linear_choice import called_linears, choose_linears
 from llm_quantize.model.skeleton import LinearLayer
 from llm_quantize.model.source import SourceModel
-from models import FAMILIES, write
+from llm_quantize.model.states import make_states
+from models import CPU, FAMILIES, write
 from tiny_architectures import tiny_model
 
 WORDS = [
@@ -201,6 +205,9 @@ def test_a_linear_that_is_not_called_stays_as_it_is(
     assert [rule.removeprefix("-:") for rule in rules] == [
         rf"(.*\.)?backbone\.layers\.{i}\.mixer\.dt_proj$" for i in (0, 1)
     ]
+    settings = config["quantization_config"]
+    assert settings["block_name_to_quantize"] == "backbone.layers"
+    assert settings["modules_in_block_to_quantize"] == [["mixer.in_proj", "mixer.x_proj", "mixer.out_proj"]]
     assert "mixer.dt_proj stays as it is in 2 of 2 blocks: it is not called" in capsys.readouterr().err
 
 
@@ -274,3 +281,52 @@ def test_a_mixture_in_any_block(dense: list[int], tmp_path: Path, capsys: pytest
     model = write(tmp_path / "model", moe_config(dense), dtype=torch.float16)
     assert quantize("gptq", model, tmp_path / "out") == 2
     assert "Qwen3MoeForCausalLM is a mixture of experts" in capsys.readouterr().err
+
+
+# -- whether blocks can be worked on one by one
+
+
+class Mixed(torch.nn.Module):
+    """A block that adds what the other windows of its batch hold."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + hidden.mean(0, keepdim=True)
+
+
+class Narrow(torch.nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden[..., :4]
+
+
+class Single(torch.nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.view(1, -1, hidden.shape[-1]) + torch.ones(8, hidden.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (Mixed(), "Mixed computes a window otherwise beside others: not supported"),
+        (Narrow(), "Narrow makes states of another shape than it takes: not supported"),
+        (Single(), "Single does not run by itself (The size of tensor a (16)"),
+    ],
+    ids=["mixed", "narrow", "single"],
+)
+def test_blocks_that_do_not_run_by_themselves(made: torch.nn.Module, said: str) -> None:
+    states = make_states((2, 8, 16), torch.float32, CPU, CPU)
+    states.put(0, 2, torch.randn(2, 8, 16))
+    with pytest.raises(InputError, match=re.escape(said)):
+        check_block(made, states, {})
+
+
+def test_other_kinds_of_blocks_are_checked_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hybrid's second kind one is run before its first block is rounded."""
+    model = write(tmp_path / "model", FAMILIES["gemma3"](), dtype=torch.float16)
+    checked: list[int] = []
+    for module in (block, block_check):
+        monkeypatch.setattr(module, "check_block", lambda each, *_: checked.append(each.self_attn.layer_idx))
+    monkeypatch.setattr(block_check, "blocks_alike", lambda blocks: [[0], [1]])
+    assert quantize("gptq", model, tmp_path / "out") == 0
+    assert checked == [1, 0]

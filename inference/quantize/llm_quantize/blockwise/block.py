@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_quantize.blockwise import tuning
+from llm_quantize.blockwise.block_check import check_block
 from llm_quantize.blockwise.block_solution import (
     STACKED_WEIGHTS,
     BlockProblem,
@@ -23,7 +24,7 @@ from llm_quantize.blockwise.reference import ReferenceBlock
 from llm_quantize.blockwise.run_context import ExecutionPlan, RunContext
 from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.console import Blocks
-from llm_quantize.errors import WorkError
+from llm_quantize.errors import InputError
 from llm_quantize.kernels.streams import StreamPool
 from llm_quantize.model import block_forward
 from llm_quantize.model.awq_mappings import AWQMapping, exact_mappings, find_mappings, no_mapping
@@ -40,7 +41,7 @@ class BlockWork:
     """The work on one block. `quantize` leaves the states as they are, and returns what takes them on.
 
     states: of the quantized model. reference: of the reference model, of the first windows; None without. kwargs: the
-    block's other arguments.
+    block's other arguments. first: no block was worked on before in this run.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class BlockWork:
         reference: States | None,
         kwargs: BlockKwargs,
         progress: Blocks,
+        *,
+        first: bool = False,
     ) -> None:
-        self._context, self._plan, self._index = context, plan, index
+        self._context, self._plan, self._index, self._first = context, plan, index, first
         self._states, self._kwargs, self._progress = states, kwargs, progress
         self._reference_states = reference
         self._name, self._block = context.model.blocks[index], context.model.modules[index]
@@ -68,6 +71,8 @@ class BlockWork:
         """
         context = self._context
         self._load()
+        if self._first:
+            check_block(self._block, self._states, self._kwargs)
         self._find_inputs()
         budget = self._suspension_budget()
         reference = self._start_reference(budget)
@@ -101,14 +106,14 @@ class BlockWork:
             context.model.prefetch(self._index + 1, context.device.torch)
 
     def _find_inputs(self) -> None:
-        """Find which linears share an input. Raises WorkError for a linear that is never reached."""
+        """Find which linears share an input. Raises InputError for a linear that is never reached."""
         linears = self._context.model.linears(self._index)
         paths = {linear.path for linear in linears}
         self._groups = distinct_inputs(self._block, self._states, self._kwargs, paths)
         reached = {path for group in self._groups for path in group}
         missed = [linear.name for linear in linears if linear.path not in reached]
         if missed:
-            raise WorkError(
+            raise InputError(
                 f"{missed[0]} is never used in the forward pass: this architecture is not supported"
             )
 

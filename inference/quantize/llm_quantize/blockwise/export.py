@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from llm_quantize.blockwise.block_solution import SolvedLinear
 from llm_quantize.blockwise.run_context import RunContext
 from llm_quantize.checkpoint.writer import CheckpointWriter
 from llm_quantize.errors import FinalError, InputError
+from llm_quantize.formats.base import ModuleNames
 from llm_quantize.io.safetensors_files import PlannedTensor
 from llm_quantize.model.config_file import published_config
+from llm_quantize.model.source import SourceModel
 from llm_quantize.serving.float_in_transformers import FloatInTransformers
 from llm_quantize.serving.float_modules import LINEAR, FloatModules
 
@@ -149,9 +150,17 @@ def quantization_settings(context: RunContext) -> dict[str, Any]:
         context.scheme,
         dynamic_groups=context.dynamic_groups,
         damping=context.solver.damping,
-        float_modules=context.model.float_modules(),
-        head=context.model.head,
+        modules=_module_names(context.model),
     )
+
+
+def _module_names(model: SourceModel) -> ModuleNames:
+    names = [
+        model.stored_linear(linear.name) for i in range(len(model.blocks)) for linear in model.linears(i)
+    ]
+    blocks = model.stored_blocks
+    paths = dict.fromkeys(name.removeprefix(f"{blocks}.").partition(".")[2] for name in names)
+    return ModuleNames(tuple(model.float_modules()), model.head, blocks, tuple(paths))
 
 
 def check_settings(context: RunContext, planned: list[PlannedTensor]) -> None:
@@ -161,9 +170,7 @@ def check_settings(context: RunContext, planned: list[PlannedTensor]) -> None:
     """
     settings = quantization_settings(context)
     dtypes = {tensor.name: _HEADER_NAMES.get(tensor.dtype, "I32") for tensor in planned}
-    rules: list[Callable[[str, str], bool]] = [FloatModules(settings, dtypes).is_float]
-    if context.format.name != "gptq":  # optimum does not read which linears of a block are float
-        rules.append(FloatInTransformers(settings).is_float)
+    rules = (FloatModules(settings, dtypes).is_float, FloatInTransformers(settings).is_float)
     model = context.model
     names = [model.stored_linear(each.name) for i in range(len(model.blocks)) for each in model.linears(i)]
     wanted = dict.fromkeys(names, False) | dict.fromkeys(model.float_modules(), True)

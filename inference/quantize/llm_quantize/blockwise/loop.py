@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_quantize.blockwise.block import BlockWork
+from llm_quantize.blockwise.block_check import check_other_kinds
 from llm_quantize.blockwise.export import write_outside_blocks
 from llm_quantize.blockwise.layer_report import LayerReport
 from llm_quantize.blockwise.run_context import ExecutionPlan, RunContext
@@ -46,10 +47,13 @@ def quantize_blocks(
             with context.times.stage("replay of what is done"):
                 _replay_done(context, writer, states, reference, kwargs, batch)
             progress.skip(done)
+        check_other_kinds(context, states, kwargs, done)
         for index in range(done, blocks):
             reported = len(context.reports)
             while True:
-                work = BlockWork(context, plan, index, states, reference, kwargs[index], progress)
+                work = BlockWork(
+                    context, plan, index, states, reference, kwargs[index], progress, first=index == done
+                )
                 try:
                     if index == 0:
                         with context.times.stage("pass through"):

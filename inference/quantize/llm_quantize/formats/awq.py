@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
-from llm_quantize.formats.base import CheckpointFormat, StoredSettings, TensorSpec, Unpacked
+from llm_quantize.formats.base import CheckpointFormat, ModuleNames, StoredSettings, TensorSpec, Unpacked
 from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import Method, QuantScheme
 
@@ -76,13 +76,7 @@ class AWQFormat(CheckpointFormat):
         return Unpacked(q.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous())
 
     def quantization_config(
-        self,
-        scheme: QuantScheme,
-        *,
-        dynamic_groups: bool,
-        damping: float,
-        float_modules: list[str],
-        head: str = "lm_head",
+        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, modules: ModuleNames
     ) -> dict[str, Any]:
         return {
             "quant_method": "awq",
@@ -91,7 +85,7 @@ class AWQFormat(CheckpointFormat):
             # A symmetric file says so too, with constant zero points: without it vLLM takes slow kernels.
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(float_modules),
+            "modules_to_not_convert": list(modules.floats),
         }
 
     def stored_settings(self, settings: dict[str, Any]) -> StoredSettings:

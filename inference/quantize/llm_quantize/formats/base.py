@@ -51,6 +51,20 @@ class Unpacked:
     group: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleNames:
+    """What the settings of a checkpoint say of its modules, by their stored names.
+
+    floats: the linears that stay as they are. head: the output head, among them. blocks: the list of the blocks. paths:
+    of the quantized linears, in a block.
+    """
+
+    floats: tuple[str, ...]
+    head: str = "lm_head"
+    blocks: str = "model.layers"
+    paths: tuple[str, ...] = ()
+
+
 class CheckpointFormat(ABC):
     """One layout of quantized linears in safetensors files, with the `quantization_config` that names it."""
 
@@ -174,17 +188,11 @@ class CheckpointFormat(ABC):
 
     @abstractmethod
     def quantization_config(
-        self,
-        scheme: QuantScheme,
-        *,
-        dynamic_groups: bool,
-        damping: float,
-        float_modules: list[str],
-        head: str = "lm_head",
+        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, modules: ModuleNames
     ) -> dict[str, Any]:
         """`quantization_config` of config.json, in plain JSON values.
 
-        float_modules: the linears left as they are, by their stored names; `head`, the output head, among them.
+        modules: which linears are quantized, and which are not.
         """
 
     @abstractmethod

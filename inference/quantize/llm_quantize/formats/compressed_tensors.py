@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
-from llm_quantize.formats.base import CheckpointFormat, StoredSettings, TensorSpec, Unpacked
+from llm_quantize.formats.base import CheckpointFormat, ModuleNames, StoredSettings, TensorSpec, Unpacked
 from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import WHOLE_ROW, Method, QuantScheme
 
@@ -108,13 +108,7 @@ class CompressedTensorsFormat(CheckpointFormat):
         return Unpacked(q, scales, zeros)
 
     def quantization_config(
-        self,
-        scheme: QuantScheme,
-        *,
-        dynamic_groups: bool,
-        damping: float,
-        float_modules: list[str],
-        head: str = "lm_head",
+        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, modules: ModuleNames
     ) -> dict[str, Any]:
         from compressed_tensors.quantization import (
             QuantizationArgs,
@@ -135,7 +129,7 @@ class CompressedTensorsFormat(CheckpointFormat):
             config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
             format="pack-quantized",
             quantization_status=QuantizationStatus.COMPRESSED,
-            ignore=list(float_modules),
+            ignore=list(modules.floats),
         )
         plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
         return plain

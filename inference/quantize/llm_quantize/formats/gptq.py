@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from llm_quantize.errors import InputError
-from llm_quantize.formats.base import CheckpointFormat, StoredSettings, TensorSpec, Unpacked
+from llm_quantize.formats.base import CheckpointFormat, ModuleNames, StoredSettings, TensorSpec, Unpacked
 from llm_quantize.io.escaping import python_literal
 from llm_quantize.types import WHOLE_ROW, Method, QuantScheme
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llm_quantize.solver.qparams import QParams
 
 VLLM_BITS = (4, 8)
+# Where optimum looks for blocks without being told (`optimum/gptq/constants.py`).
+_KNOWN_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 VLLM_GROUPS = (WHOLE_ROW, 32, 64, 128)
 
 
@@ -125,13 +127,7 @@ class GPTQFormat(CheckpointFormat):
         return Unpacked(q, scales.T.contiguous(), zeros.T.contiguous(), group)
 
     def quantization_config(
-        self,
-        scheme: QuantScheme,
-        *,
-        dynamic_groups: bool,
-        damping: float,
-        float_modules: list[str],
-        head: str = "lm_head",
+        self, scheme: QuantScheme, *, dynamic_groups: bool, damping: float, modules: ModuleNames
     ) -> dict[str, Any]:
         config: dict[str, Any] = {
             "quant_method": "gptq",
@@ -143,10 +139,15 @@ class GPTQFormat(CheckpointFormat):
             "lm_head": False,
             "checkpoint_format": "gptq",
         }
-        # Readers take every linear for quantized but the output head, which "lm_head" tells of.
-        others = [name for name in float_modules if name != head]
+        # Readers take every linear for quantized but the output head, which "lm_head" tells of. vLLM and GPTQModel take
+        # out what `dynamic` says; optimum looks for what is named, in the blocks that it knows or is told of.
+        others = [name for name in modules.floats if name != modules.head]
         if others:
             config["dynamic"] = {rf"-:(.*\.)?{re.escape(name)}$": {} for name in others}
+        if modules.blocks not in _KNOWN_BLOCKS:
+            config["block_name_to_quantize"] = modules.blocks
+        if any(name.startswith(f"{modules.blocks}.") for name in others):
+            config["modules_in_block_to_quantize"] = [list(modules.paths)]
         return config
 
     def stored_settings(self, settings: dict[str, Any]) -> StoredSettings:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_quantize.errors import InputError, is_failure
-from llm_quantize.model.skeleton import LinearLayer, find_blocks
+from llm_quantize.model.skeleton import LinearLayer, blocks_alike, find_blocks
 from llm_quantize.model.source import Model
 
 FEW = 0.01  # of a block's linear weights: linears that hold no more may stay as they are
@@ -63,11 +63,8 @@ def called_linears(model: Model) -> set[str] | None:
 
     skeleton: Any = copy.deepcopy(model.skeleton)
     _, blocks = find_blocks(skeleton, model.config)
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, block in enumerate(blocks):
-        alike.setdefault(_kind(block), []).append(index)
     called: set[str] = set()
-    for first, *others in alike.values():
+    for first, *others in blocks_alike(blocks):
         for path, module in blocks[first].named_modules():
             if isinstance(module, nn.Linear):
                 names = [f"{model.blocks[index]}.{path}" for index in (first, *others)]
@@ -90,11 +87,6 @@ def called_linears(model: Model) -> set[str] | None:
     finally:
         log.disabled = silent
     return called
-
-
-def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What is the same for blocks that call the same modules."""
-    return tuple((path, type(module), str(module.extra_repr())) for path, module in block.named_modules())
 
 
 def _make_fake(skeleton: nn.Module) -> None:

@@ -143,6 +143,15 @@ def find_blocks(skeleton: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
     return name, found
 
 
+def blocks_alike(blocks: nn.ModuleList) -> list[list[int]]:
+    """The indices of the blocks, those together that are made of the same modules."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for index, block in enumerate(blocks):
+        kind = tuple((path, type(module), module.extra_repr()) for path, module in block.named_modules())
+        found.setdefault(kind, []).append(index)
+    return list(found.values())
+
+
 def _holds_experts(block: nn.Module) -> bool:
     """Whether a block has experts: a list of modules of that name, or weights that are stacked.
 

@@ -186,6 +186,17 @@ class SourceModel(Model):
         return sum(path.stat().st_size for path in set(self.store.files.values()))
 
     @property
+    def stored_blocks(self) -> str:
+        """The stored name of the list of blocks."""
+        linear = self.linears(0)[0]
+        stored = self.stored_linear(linear.name)
+        return (
+            stored.removesuffix(f".0.{linear.path}")
+            if stored.endswith(f".0.{linear.path}")
+            else self.list_name
+        )
+
+    @property
     def head(self) -> str:
         """The output head's stored name; `lm_head` where the model has none."""
         module = self.skeleton.get_output_embeddings()
