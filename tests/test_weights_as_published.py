@@ -319,6 +319,15 @@ def test_blocks_that_do_not_run_by_themselves(made: torch.nn.Module, said: str) 
         check_block(made, states, {})
 
 
+def test_a_model_that_adds_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CPM-Ant puts a prompt of its own before the text."""
+    assert quantize("gptq", tiny("cpmant", tmp_path / "model"), tmp_path / "out") == 2
+    assert re.search(
+        r"CpmAntForCausalLM gives its blocks states of \(4, \d+\) for tokens of \(4, 64\)",
+        capsys.readouterr().err,
+    )
+
+
 def test_other_kinds_of_blocks_are_checked_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,14 @@ def _embed_windows(
         batch = tokens[start : start + step].to(device)
         with _stand_ins(model, catch), suppress(StopForward):
             base(input_ids=batch, use_cache=False)
+        name = type(model.skeleton).__name__
+        if not caught:
+            raise InputError(f"{name} does not call its blocks: not supported")
+        if caught[0].shape[:2] != batch.shape:
+            raise InputError(
+                f"{name} gives its blocks states of {tuple(caught[0].shape[:2])} for tokens of {tuple(batch.shape)}: "
+                "not supported"
+            )
         if states is None:
             states = make_states((count, length, caught[0].shape[-1]), caught[0].dtype, storage, device)
         states.put(start, start + batch.shape[0], caught[0])
