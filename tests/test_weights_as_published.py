@@ -319,6 +319,12 @@ def test_blocks_that_do_not_run_by_themselves(made: torch.nn.Module, said: str) 
         check_block(made, states, {})
 
 
+def test_names_of_mappings_that_are_no_linears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Moshi's `q_proj` holds a linear, and is none."""
+    assert quantize("awq", tiny("moshi", tmp_path / "model"), tmp_path / "out") == 2
+    assert "AWQ does not know where to put channel scales in MoshiDecoderLayer" in capsys.readouterr().err
+
+
 def test_a_model_that_adds_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """CPM-Ant puts a prompt of its own before the text."""
     assert quantize("gptq", tiny("cpmant", tmp_path / "model"), tmp_path / "out") == 2

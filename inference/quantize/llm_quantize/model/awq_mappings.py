@@ -61,10 +61,11 @@ _GATED = (
 def find_mappings(block: nn.Module, config: Any) -> list[AWQMapping]:
     """The mappings of a block, in the order in which the block computes. Raises InputError where none is known."""
     modules = dict(block.named_modules())
+    linears = {path for path, module in modules.items() if isinstance(module, nn.Linear)}
     mappings: list[AWQMapping] = []
     taken: set[str] = set()
     for norm, balance_layers in _NORMS:
-        present = norm in modules and all(path in modules for path in balance_layers)
+        present = norm in modules and linears.issuperset(balance_layers)
         if not present or taken & set(balance_layers):
             continue
         width = linear_at(block, balance_layers[0]).in_features
@@ -74,7 +75,7 @@ def find_mappings(block: nn.Module, config: Any) -> list[AWQMapping]:
             taken |= set(balance_layers)
     for table, rows_of in ((_ATTENTION, _value_rows), (_GATED, _up_rows)):
         for smooth, balance, arrangement in table:
-            if smooth not in modules or balance not in modules or balance in taken:
+            if not {smooth, balance} <= linears or balance in taken:
                 continue
             rows = rows_of(linear_at(block, smooth), linear_at(block, balance), arrangement, config)
             if rows is not None:
