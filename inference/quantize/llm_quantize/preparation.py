@@ -32,12 +32,8 @@ from llm_quantize.solver.gptq import GPTQSolver
 from llm_quantize.solver.quality import quality_preset
 from llm_quantize.types import WHOLE_ROW, QuantScheme
 
-FITTING_GROUPS = (
-    128,
-    64,
-    32,
-    16,
-)  # that readers have kernels for, and that are advised where one does not fit
+# Group sizes that readers have kernels for: they are advised where the one that is asked for does not fit.
+FITTING_GROUPS = (128, 64, 32, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +172,8 @@ def _choose_linears(
 def _fitting_group(model: SourceModel) -> int:
     """The largest power of two, of the usual ones, that divides the width of nearly all linears; else a whole row."""
     widths: Counter[int] = Counter()
-    for index in range(len(model.blocks)):
-        for linear in model.linears(index):
-            widths[linear.in_features] += linear.weights
+    for linear in model.all_linears():
+        widths[linear.in_features] += linear.weights
     total = widths.total()
     for size in FITTING_GROUPS:
         if sum(count for width, count in widths.items() if width % size) <= FEW * total:
@@ -197,11 +192,7 @@ def _check_library(config: QuantizeConfig, model: SourceModel, console: Console)
 
 def _check_target(config: QuantizeConfig, model: SourceModel) -> None:
     """Refuse a target that cannot be published, or a disk without room for it."""
-    weights = sum(
-        linear.out_features * linear.in_features
-        for index in range(len(model.blocks))
-        for linear in model.linears(index)
-    )
+    weights = sum(linear.weights for linear in model.all_linears())
     others = model.file_bytes - weights * model.dtype.itemsize
     needed = int(weights * (config.bits + 0.5) / 8) + max(others, 0) + model.side_files.total_bytes
     check_target(config.target, config.may_replace, needed, model.directory)

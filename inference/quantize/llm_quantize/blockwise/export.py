@@ -155,9 +155,7 @@ def quantization_settings(context: RunContext) -> dict[str, Any]:
 
 
 def _module_names(model: SourceModel) -> ModuleNames:
-    names = [
-        model.stored_linear(linear.name) for i in range(len(model.blocks)) for linear in model.linears(i)
-    ]
+    names = [model.stored_linear(linear.name) for linear in model.all_linears()]
     blocks = model.stored_blocks
     paths = dict.fromkeys(name.removeprefix(f"{blocks}.").partition(".")[2] for name in names)
     return ModuleNames(tuple(model.float_modules()), model.head, blocks, tuple(paths))
@@ -172,7 +170,7 @@ def check_settings(context: RunContext, planned: list[PlannedTensor]) -> None:
     dtypes = {tensor.name: _HEADER_NAMES.get(tensor.dtype, "I32") for tensor in planned}
     rules = (FloatModules(settings, dtypes).is_float, FloatInTransformers(settings).is_float)
     model = context.model
-    names = [model.stored_linear(each.name) for i in range(len(model.blocks)) for each in model.linears(i)]
+    names = [model.stored_linear(linear.name) for linear in model.all_linears()]
     wanted = dict.fromkeys(names, False) | dict.fromkeys(model.float_modules(), True)
     for name, floating in wanted.items():
         if any(rule(name, LINEAR) is not floating for rule in rules):

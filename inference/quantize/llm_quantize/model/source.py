@@ -5,7 +5,7 @@ A *block* is one decoder layer. Its weights go straight from the safetensors fil
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,13 @@ class Model:
     """
 
     def __init__(
-        self, directory: Path, config: Any, skeleton: nn.Module, tokenizer: Any, store: TensorStore
+        self,
+        directory: Path,
+        config: Any,
+        skeleton: nn.Module,
+        tokenizer: Any,
+        store: TensorStore,
+        weights: WeightMap | None = None,
     ) -> None:
         self.directory = directory
         self.config = config
@@ -44,7 +50,7 @@ class Model:
         self.store = store
         self.list_name, self.modules = find_blocks(skeleton, config)
         self.blocks = [f"{self.list_name}.{i}" for i in range(len(self.modules))]
-        self.weights = WeightMap(skeleton, store.files)
+        self.weights = weights or WeightMap(skeleton, store.files)
         if self.weights.missing:
             raise InputError(f"the {store.what} has no {self.weights.missing[0]}: is it of another model?")
         self._float_linears: set[str] = set()
@@ -69,6 +75,11 @@ class Model:
             and (name := f"{self.blocks[index]}.{path}") not in self._float_linears
         ]
 
+    def all_linears(self) -> Iterator[LinearLayer]:
+        """The linear layers of all blocks that are quantized, block by block."""
+        for index in range(len(self.blocks)):
+            yield from self.linears(index)
+
     def leave_float(self, names: set[str]) -> None:
         """Take the linears called `names` out of those that are quantized."""
         self._float_linears |= names
@@ -90,12 +101,16 @@ class Model:
         head, embedding = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
         if head is None:
             return None
-        names = {id(module): name for name, module in self.skeleton.named_modules()}
-        weight = f"{names[id(head)]}.weight"
+        weight = f"{self._name_of(head)}.weight"
         stored = self.weights.stored_name(weight)
-        if stored is None or stored != self.weights.stored_name(f"{names[id(embedding)]}.weight"):
+        if stored is None or stored != self.weights.stored_name(f"{self._name_of(embedding)}.weight"):
             return None
         return weight, stored
+
+    def _name_of(self, module: nn.Module) -> str:
+        """The name of a module of the skeleton."""
+        names: dict[nn.Module, str] = {each: name for name, each in self.skeleton.named_modules()}
+        return names[module]
 
     def widest(self) -> int:
         """The most channels that enter or leave a linear of the first block."""
@@ -172,10 +187,11 @@ class SourceModel(Model):
         skeleton = build_skeleton(config, set(files.values()), trust_remote_code=trust_remote_code)
         find_blocks(skeleton, config)  # refuses an architecture before its weights
         store = SafetensorsStore(files, "source model")
-        check_weights(skeleton, WeightMap(skeleton, files), store)
+        names = WeightMap(skeleton, files)
+        check_weights(skeleton, names, store)
         with side_files.named_as_given():
             tokenizer = _open_tokenizer(side_files.path, trust_remote_code)
-        model = cls(directory, config, skeleton, tokenizer, store)
+        model = cls(directory, config, skeleton, tokenizer, store, names)
         model.raw_config, model.side_files = raw, side_files
         config._name_or_path = str(directory)  # not the copy's, which may be gone
         return model
@@ -200,8 +216,7 @@ class SourceModel(Model):
     def head(self) -> str:
         """The output head's stored name; `lm_head` where the model has none."""
         module = self.skeleton.get_output_embeddings()
-        names = {id(each): name for name, each in self.skeleton.named_modules()}
-        return self._stored_module(names[id(module)]) if id(module) in names else "lm_head"
+        return "lm_head" if module is None else self._stored_module(self._name_of(module))
 
     @cached_property
     def untied_head(self) -> str | None:
@@ -213,10 +228,9 @@ class SourceModel(Model):
         if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
             return None
         head, embedding = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
-        names = {id(module): name for name, module in self.skeleton.named_modules()}
         if head is None:
             return None
-        found = [self.weights.stored_name(f"{names[id(module)]}.weight") for module in (head, embedding)]
+        found = [self.weights.stored_name(f"{self._name_of(module)}.weight") for module in (head, embedding)]
         if None in found or found[0] == found[1]:
             return None
         first, second = (self.store.read(stored) for stored in found if stored is not None)
@@ -224,7 +238,7 @@ class SourceModel(Model):
 
     def float_modules(self) -> list[str]:
         """The modules of the whole model that readers could take for quantized linears, under their stored names."""
-        quantized = {linear.name for index in range(len(self.blocks)) for linear in self.linears(index)}
+        quantized = {linear.name for linear in self.all_linears()}
         names = [
             name
             for name, module in self.skeleton.named_modules()
