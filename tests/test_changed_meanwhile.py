@@ -99,6 +99,19 @@ def test_side_files_are_those_of_the_start(
     )
 
 
+def interrupted_in_the_second_block() -> Callable[..., Any]:
+    """What stands in for `solve_block` in a run that is interrupted when one block is done."""
+    calls: list[None] = []
+
+    def interrupting(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return solve_block(*arguments)
+
+    return interrupting
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -118,17 +131,9 @@ def test_side_files_that_change_before_a_resumption(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Another file is another run: said by name, and published only when it begins anew."""
-    calls: list[None] = []
-
-    def interrupting(*arguments: Any) -> Any:
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return solve_block(*arguments)
-
     arguments = words(model, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(block, "solve_block", interrupting)
+        patch.setattr(block, "solve_block", interrupted_in_the_second_block())
         assert MAIN["gptq"](arguments) == 130
     kept = model / name
     before = kept.read_bytes() if kept.exists() else None
@@ -153,16 +158,8 @@ def test_side_files_that_change_before_a_resumption(
 def test_a_side_file_that_an_interrupted_run_left_is_not_published(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[None] = []
-
-    def interrupting(*arguments: Any) -> Any:
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return solve_block(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(block, "solve_block", interrupting)
+        patch.setattr(block, "solve_block", interrupted_in_the_second_block())
         assert MAIN["gptq"](words(model, tmp_path / "out")) == 130
     content = tmp_path / ".out.partial" / "checkpoint"
     assert (content / "NOTICE").exists()
